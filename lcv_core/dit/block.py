@@ -1,0 +1,179 @@
+"""One transformer block: self-attention with the condition rule, cross-attention, SwiGLU; adaLN per latent frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lcv_bsa import bsa_3d
+from lcv_core.config import BSAConfig, DiTConfig
+from lcv_core.dit.attention import Attend
+from lcv_core.dit.embed import fp32_linear, modulate
+from lcv_core.dit.rope import apply_rope
+from lcv_core.layers import upcast
+
+KV = tuple[Tensor, Tensor]  # k (after k_norm, before rope) and v, [B, H, n_c * S, D]
+
+
+@dataclass(frozen=True)
+class Sequence3D:
+    """How the tokens of one forward pass lie: shared by all blocks.
+
+    grid: (T, h, w) of all keys, cached condition frames included.
+    num_cond_latents: leading frames of that grid that are condition.
+    cached: the condition frames come from a KV cache and are not among the tokens passed in.
+    cos, sin: the rope table of `grid`.
+    """
+
+    grid: tuple[int, int, int]
+    num_cond_latents: int
+    cached: bool
+    cos: Tensor
+    sin: Tensor
+    attend: Attend
+    bsa: BSAConfig | None
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.grid[1] * self.grid[2]
+
+    @property
+    def num_cond_tokens(self) -> int:
+        """Condition tokens among the tokens passed in."""
+        return 0 if self.cached else self.num_cond_latents * self.frame_tokens
+
+
+def self_attend(q: Tensor, k: Tensor, v: Tensor, seq: Sequence3D) -> Tensor:
+    """Dense or block sparse attention over whole frames; q and k [B, H, frames * S, D] are rotated already."""
+    frames_q, frames_k = q.shape[2] // seq.frame_tokens, k.shape[2] // seq.frame_tokens
+    if seq.bsa is None or seq.grid[0] == 1:
+        return seq.attend(q, k, v)
+    sparsity = seq.bsa.sparsity
+    return bsa_3d(
+        q, k, v, (frames_q, *seq.grid[1:]), (frames_k, *seq.grid[1:]),
+        block_q=seq.bsa.block_q, block_k=seq.bsa.block_k,
+        keep=None if sparsity is None else 1.0 - sparsity, cdf_threshold=seq.bsa.cdf_threshold,
+    )  # fmt: skip
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: DiTConfig, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = ops.Linear(config.hidden_size, 3 * config.hidden_size, **factory)
+        self.q_norm = ops.RMSNorm(config.head_dim, eps=1e-6, **factory)
+        self.k_norm = ops.RMSNorm(config.head_dim, eps=1e-6, **factory)
+        self.proj = ops.Linear(config.hidden_size, config.hidden_size, **factory)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, N, C] -> normalised q, k and plain v, [B, H, N, D] each, before rope."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def forward(self, x: Tensor, seq: Sequence3D, cache: KV | None = None, keep: list[KV] | None = None) -> Tensor:
+        """`cache` is prepended to keys and values; with `keep`, this layer's own (k, v) is appended to that list."""
+        q, k, v = self.project(x)
+        if keep is not None:
+            keep.append((k, v))
+        if cache is not None:
+            # One cached condition serves every sample and CFG branch of the batch.
+            k = torch.cat([cache[0].to(k).expand(k.shape[0], -1, -1, -1), k], dim=2)
+            v = torch.cat([cache[1].to(v).expand(v.shape[0], -1, -1, -1), v], dim=2)
+        first = k.shape[2] - q.shape[2]  # queries sit after the cached condition
+        q = apply_rope(q, seq.cos[first:], seq.sin[first:])
+        k = apply_rope(k, seq.cos, seq.sin)
+        n = seq.num_cond_tokens
+        if n == 0:
+            out = self_attend(q, k, v, seq)
+        else:
+            cond = self_attend(q[:, :, :n], k[:, :, :n], v[:, :, :n], seq)  # condition sees condition alone
+            out = torch.cat([cond, self_attend(q[:, :, n:], k, v, seq)], dim=2)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: DiTConfig, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q_linear = ops.Linear(config.hidden_size, config.hidden_size, **factory)
+        self.kv_linear = ops.Linear(config.hidden_size, 2 * config.hidden_size, **factory)
+        self.q_norm = ops.RMSNorm(config.head_dim, eps=1e-6, **factory)
+        self.k_norm = ops.RMSNorm(config.head_dim, eps=1e-6, **factory)
+        self.proj = ops.Linear(config.hidden_size, config.hidden_size, **factory)
+
+    def _attend(self, q: Tensor, text: Tensor, attend: Attend) -> Tensor:
+        k, v = self.kv_linear(text).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return attend(q, self.k_norm(k), v)
+
+    def forward(self, x: Tensor, text: Tensor | Sequence[Tensor], attend: Attend) -> Tensor:
+        """x [B, N, C]; text [B, L, C], or one [1, L_b, C] for each sample where the lengths differ."""
+        q = self.q_norm(self.q_linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2))  # [B, H, N, D]
+        if isinstance(text, Tensor):
+            out = self._attend(q, text, attend)
+        else:
+            out = torch.cat([self._attend(q[b : b + 1], rows, attend) for b, rows in enumerate(text)])
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: DiTConfig, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        hidden, ffn = config.hidden_size, config.ffn_dim
+        self.w1 = ops.Linear(hidden, ffn, bias=False, **factory)
+        self.w2 = ops.Linear(ffn, hidden, bias=False, **factory)
+        self.w3 = ops.Linear(hidden, ffn, bias=False, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """x + gate * update in fp32, rounded to x's dtype; the gate [B, T, 1, C] is per latent frame."""
+    update = (upcast(update).unflatten(1, (gate.shape[1], -1)) * gate).flatten(1, 2)
+    return (upcast(x) + update).to(x.dtype)
+
+
+class Block(nn.Module):
+    def __init__(self, config: DiTConfig, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), ops.Linear(config.adaln_tembed_dim, 6 * hidden, **factory))
+        self.mod_norm_attn = ops.LayerNorm(hidden, eps=1e-6, elementwise_affine=False, **factory)
+        self.mod_norm_ffn = ops.LayerNorm(hidden, eps=1e-6, elementwise_affine=False, **factory)
+        self.pre_crs_attn_norm = ops.LayerNorm(hidden, eps=1e-6, **factory)
+        self.attn = SelfAttention(config, ops, **factory)
+        self.cross_attn = CrossAttention(config, ops, **factory)
+        self.ffn = FeedForward(config, ops, **factory)
+
+    def forward(
+        self,
+        x: Tensor,
+        tau: Tensor,
+        text: Tensor | Sequence[Tensor] | None,
+        seq: Sequence3D,
+        cache: KV | None = None,
+        keep: list[KV] | None = None,
+    ) -> Tensor:
+        """x [B, N, C], tau fp32 [B, T, A]; text None skips cross-attention (a KV cache is built without it)."""
+        silu, linear = self.adaLN_modulation
+        modulation = fp32_linear(linear, silu(tau)).unsqueeze(2)  # [B, T, 1, 6C]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        x = gated_add(x, gate1, self.attn(modulate(x, self.mod_norm_attn, shift1, scale1), seq, cache, keep))
+        if text is not None:
+            x = self._cross(x, text, seq)
+        return gated_add(x, gate2, self.ffn(modulate(x, self.mod_norm_ffn, shift2, scale2)))
+
+    def _cross(self, x: Tensor, text: Tensor | Sequence[Tensor], seq: Sequence3D) -> Tensor:
+        """Noise tokens read the text; condition tokens get exactly nothing, not even proj's bias."""
+        n = seq.num_cond_tokens
+        noise = x[:, n:]
+        normed = self.pre_crs_attn_norm(upcast(noise)).to(x.dtype)
+        noise = noise + self.cross_attn(normed, text, seq.attend)
+        return noise if n == 0 else torch.cat([x[:, :n], noise], dim=1)

@@ -1,0 +1,106 @@
+"""What turns latents, timesteps and text states into tokens, and tokens back into latents."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from lcv_core.config import DiTConfig
+from lcv_core.layers import upcast
+
+
+class PatchEmbed(nn.Module):
+    """latents [B, C, T, H, W] -> tokens [B, T*h*w, hidden] in (T, h, w) raster order."""
+
+    def __init__(self, config: DiTConfig, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        patch = config.patch_size
+        self.proj = ops.Conv3d(config.in_channels, config.hidden_size, kernel_size=patch, stride=patch, **factory)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return rearrange(self.proj(latents), "b c t h w -> b (t h w) c")
+
+
+def timestep_sinusoid(timestep: Tensor, width: int) -> Tensor:
+    """[n] in [0, 1000] -> fp32 [n, width], cosines first, base 10000 (Vaswani et al. 2017)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+    angles = timestep.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbed(nn.Module):
+    """timestep [n] -> fp32 [n, adaln_tembed_dim]. An fp32 island."""
+
+    def __init__(self, config: DiTConfig, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        self.width, dim = config.frequency_embedding_size, config.adaln_tembed_dim
+        self.mlp = nn.Sequential(ops.Linear(self.width, dim, **factory), nn.SiLU(), ops.Linear(dim, dim, **factory))
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        # An fp64 model (gradient checks) computes in fp64; every other one in fp32, whatever its weights are stored in.
+        dtype = torch.float64 if timestep.dtype == torch.float64 else torch.float32
+        h = fp32_linear(self.mlp[0], timestep_sinusoid(timestep, self.width).to(dtype))
+        return fp32_linear(self.mlp[2], self.mlp[1](h))
+
+
+class CaptionEmbed(nn.Module):
+    """text states [B, L, caption_channels] -> [B, L, hidden]."""
+
+    def __init__(self, config: DiTConfig, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        self.y_proj = nn.Sequential(
+            ops.Linear(config.caption_channels, config.hidden_size, **factory),
+            nn.GELU(approximate="tanh"),
+            ops.Linear(config.hidden_size, config.hidden_size, **factory),
+        )
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.y_proj(text)
+
+
+def fp32_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear of an fp32 island: fp32 activations times the stored (perhaps bf16-rounded) weights, fp32 out.
+
+    Layers of lcv_core.layers and of hosts follow the dtype of their input; a plain torch.nn layer has to be told.
+    """
+    x = upcast(x)
+    if type(layer) is nn.Linear and layer.weight.dtype != x.dtype:
+        # functional_call keeps the layer's hooks (adapters) working.
+        widened = {name: p.to(x.dtype) for name, p in layer.named_parameters()}
+        return torch.func.functional_call(layer, widened, (x,))
+    return layer(x)
+
+
+def modulate(x: Tensor, norm: nn.Module, shift: Tensor, scale: Tensor) -> Tensor:
+    """LN(x) * (1 + scale) + shift in fp32, rounded to x's dtype. x [B, N, C]; shift, scale [B, T, 1, C] per frame."""
+    frames = shift.shape[1]
+    h = norm(upcast(x)).unflatten(1, (frames, -1))  # [B, T, S, C]
+    return (h * (1 + scale) + shift).flatten(1, 2).to(x.dtype)
+
+
+class FinalLayer(nn.Module):
+    """tokens [B, N, hidden] -> fp32 [B, N, prod(patch) * out_channels]; the linear is an fp32 island."""
+
+    def __init__(self, config: DiTConfig, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.norm_final = ops.LayerNorm(hidden, eps=1e-6, elementwise_affine=False, **factory)
+        self.linear = ops.Linear(hidden, math.prod(config.patch_size) * config.out_channels, **factory)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), ops.Linear(config.adaln_tembed_dim, 2 * hidden, **factory))
+
+    def forward(self, x: Tensor, tau: Tensor) -> Tensor:
+        silu, linear = self.adaLN_modulation
+        shift, scale = fp32_linear(linear, silu(tau)).unsqueeze(2).chunk(2, dim=-1)  # [B, T, 1, C]
+        return fp32_linear(self.linear, modulate(x, self.norm_final, shift, scale))
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
+    """[B, T*h*w, pt*ph*pw*C] with C fastest -> [B, C, T, H, W]."""
+    (T, h, w), (pt, ph, pw) = grid, patch
+    pattern = "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
+    return rearrange(tokens, pattern, t=T, h=h, w=w, pt=pt, ph=ph, pw=pw)

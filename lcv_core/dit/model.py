@@ -1,0 +1,187 @@
+"""LongCat-Video's diffusion transformer. Attribute names are the official checkpoint's names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lcv_core import layers
+from lcv_core.config import BSAConfig, DiTConfig
+from lcv_core.dit.attention import BACKENDS, Attend, resolve_backend
+from lcv_core.dit.block import KV, Block, Sequence3D
+from lcv_core.dit.embed import CaptionEmbed, FinalLayer, PatchEmbed, TimestepEmbed, unpatchify
+from lcv_core.dit.rope import rope_table
+from lcv_core.errors import InputError
+from lcv_core.shapes import token_grid
+
+log = logging.getLogger("lcv_core")
+
+
+class LongCatDiT(nn.Module):
+    """Predicts the velocity x0 - noise of noisy latents.
+
+    operations: namespace with Linear, Conv3d, LayerNorm and RMSNorm, each of which computes in the dtype of its
+        input; default `lcv_core.layers`.
+    device, dtype: where and how the parameters are made ("meta" for lazy loading).
+    """
+
+    def __init__(
+        self,
+        config: DiTConfig | None = None,
+        *,
+        operations: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config = config or DiTConfig()
+        ops = layers if operations is None else operations
+        factory = {"device": device, "dtype": dtype}
+        self.x_embedder = PatchEmbed(config, ops, **factory)
+        self.t_embedder = TimestepEmbed(config, ops, **factory)
+        self.y_embedder = CaptionEmbed(config, ops, **factory)
+        self.blocks = nn.ModuleList(Block(config, ops, **factory) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config, ops, **factory)
+        self._attention: str | Attend = "sdpa"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype: that of the patch embedding, which no quantisation touches."""
+        return self.x_embedder.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.x_embedder.proj.weight.device
+
+    def set_attention(self, backend: str | Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        """Choose the attention backend by name (see `lcv_core.dit.attention`), or give a function for q, k, v.
+
+        Raises InputError at once when the backend cannot be used on the model's device and dtype.
+        """
+        if isinstance(backend, str) and (backend not in BACKENDS or self.device.type != "meta"):
+            resolve_backend(backend, device=self.device, dtype=self.dtype, head_dim=self.config.head_dim)
+        self._attention = backend
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        num_cond_latents: int = 0,
+        kv_cache: Sequence[KV] | None = None,
+        bsa: BSAConfig | None = None,
+    ) -> Tensor:
+        """Velocity, fp32 [B, out_channels, T, H, W], of latents [B, in_channels, T, H, W].
+
+        timestep: [B], or [B, T] per latent frame, in [0, 1000]; condition frames have 0.
+        text: encoder states [B, L, caption_channels] (or [B, 1, L, caption_channels]); text_mask [B, L], 0 at padding.
+        num_cond_latents: leading clean frames; they attend to themselves alone and read no text. With kv_cache
+            (from `build_kv_cache`) they are not in `latents`, and timestep covers the noise frames only.
+        bsa: block sparse self-attention with these settings; None is dense.
+        """
+        self._validate(latents, timestep, text, text_mask, num_cond_latents, kv_cache)
+        states = self._embed_text(text.to(latents.device), text_mask)
+        return self._run(latents, timestep, states, num_cond_latents, kv_cache, bsa)
+
+    @torch.no_grad()
+    def build_kv_cache(self, cond_latents: Tensor) -> list[KV]:
+        """(k, v) of every layer, [B, H, n_c * S, D] before rope, of clean condition latents [B, C, n_c, H, W].
+
+        Condition tokens see neither noise nor text, so the cache holds for every step, prompt and CFG branch.
+        """
+        if cond_latents.dim() != 5 or cond_latents.shape[1] != self.config.in_channels or cond_latents.shape[2] < 1:
+            raise InputError(
+                f"cond_latents must be [B, {self.config.in_channels}, T >= 1, H, W], got {list(cond_latents.shape)}"
+            )
+        cache: list[KV] = []
+        zeros = torch.zeros(cond_latents.shape[0], device=cond_latents.device)
+        self._run(cond_latents, zeros, None, 0, None, None, keep=cache)
+        return cache
+
+    def _run(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor | Sequence[Tensor] | None,
+        num_cond_latents: int,
+        kv_cache: Sequence[KV] | None,
+        bsa: BSAConfig | None,
+        keep: list[KV] | None = None,
+    ) -> Tensor:
+        config = self.config
+        x = self.x_embedder(latents.to(self.dtype))
+        T, h, w = token_grid((latents.shape[2], latents.shape[3], latents.shape[4]), config.patch_size)
+        seq = self._sequence((T, h, w), num_cond_latents, kv_cache is not None, bsa, x)
+        tau = self._embed_timestep(timestep.to(latents.device), T)
+        for i, block in enumerate(self.blocks):
+            x = block(x, tau, text, seq, None if kv_cache is None else kv_cache[i], keep)
+        return unpatchify(self.final_layer(x, tau), (T, h, w), config.patch_size)
+
+    def _sequence(
+        self, grid: tuple[int, int, int], num_cond_latents: int, cached: bool, bsa: BSAConfig | None, x: Tensor
+    ) -> Sequence3D:
+        head_dim = self.config.head_dim
+        if cached:
+            grid = (grid[0] + num_cond_latents, *grid[1:])
+        if self._attention == "bsa" and bsa is None:
+            bsa = self.config.bsa
+        attend = self._attention
+        if isinstance(attend, str):
+            attend = resolve_backend(attend, device=x.device, dtype=x.dtype, head_dim=head_dim)
+        cos, sin = rope_table(grid, head_dim, x.device)
+        return Sequence3D(grid, num_cond_latents, cached, cos, sin, attend, bsa)
+
+    def _embed_timestep(self, timestep: Tensor, frames: int) -> Tensor:
+        """[B] or [B, T] -> fp32 [B, T, A]."""
+        if self.config.timestep_precision == "model":
+            # The released model feeds bf16 timesteps: multiples of 4 above 512. Part of its behaviour.
+            timestep = timestep.to(self.dtype)
+        if timestep.dim() == 1:
+            timestep = timestep[:, None].expand(-1, frames)
+        return self.t_embedder(timestep.flatten()).unflatten(0, (-1, frames))
+
+    def _embed_text(self, text: Tensor, mask: Tensor | None) -> Tensor | list[Tensor]:
+        """Project the text; with zero padding pads become zero rows that stay in, otherwise pads are dropped."""
+        if text.dim() == 4:
+            text = text.squeeze(1)
+        y = self.y_embedder(text.to(self.dtype))
+        if mask is None:
+            return y
+        mask = mask.to(y.device)
+        if self.config.text_tokens_zero_pad:
+            return y * mask.to(y.dtype).unsqueeze(-1)
+        return [rows[keep.bool()].unsqueeze(0) for rows, keep in zip(y, mask, strict=True)]
+
+    def _validate(
+        self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None, n_c: int, cache: Sequence[KV] | None
+    ) -> None:
+        config = self.config
+        if latents.dim() != 5 or latents.shape[1] != config.in_channels:
+            raise InputError(f"latents must be [B, {config.in_channels}, T, H, W], got {list(latents.shape)}")
+        B, T = latents.shape[0], latents.shape[2]
+        if timestep.shape not in ((B,), (B, T)):
+            raise InputError(f"timestep must be [{B}] or [{B}, {T}], got {list(timestep.shape)}")
+        rows = text.squeeze(1) if text.dim() == 4 and text.shape[1] == 1 else text
+        if rows.dim() != 3 or rows.shape[0] != B or rows.shape[2] != config.caption_channels:
+            raise InputError(f"text must be [{B}, L, {config.caption_channels}], got {list(text.shape)}")
+        if mask is not None and mask.shape != rows.shape[:2]:
+            raise InputError(f"text_mask must be {list(rows.shape[:2])}, got {list(mask.shape)}")
+        if mask is not None and not config.text_tokens_zero_pad and not mask.bool().any(dim=1).all():
+            raise InputError("text_mask hides every token of a sample; keep at least its eos token")
+        if cache is None:
+            if not 0 <= n_c < T:
+                raise InputError(f"num_cond_latents must be in [0, {T - 1}] for {T} latent frames, got {n_c}")
+            return
+        tokens = n_c * (latents.shape[3] // config.patch_size[1]) * (latents.shape[4] // config.patch_size[2])
+        if n_c < 1 or len(cache) != config.depth or cache[0][0].shape[2] != tokens:
+            raise InputError(
+                f"kv_cache must hold {config.depth} layers of {tokens} tokens for num_cond_latents={n_c},"
+                f" got {len(cache)} layers of {cache[0][0].shape[2] if cache else 0}"
+            )
+        if cache[0][0].shape[0] not in (1, B):
+            raise InputError(f"kv_cache has batch {cache[0][0].shape[0]}, expected 1 or {B}")

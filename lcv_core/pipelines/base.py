@@ -1,0 +1,300 @@
+"""What every pipeline shares: the parts of the model, preparing conditions, decoding, the options of a run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lcv_core import schedule as schedules
+from lcv_core.config import Native
+from lcv_core.denoise import CfgMode, CfgScope, Guidance, OnStep, Progress
+from lcv_core.dit.model import LongCatDiT
+from lcv_core.errors import InputError
+from lcv_core.image_io import Fit, as_frames, resize_frames
+from lcv_core.shapes import TIME_FACTOR, bucket, check_size, latent_shape, size_for_area
+from lcv_core.text.encoder import TextStates
+from lcv_core.vae.layers import StreamState
+from lcv_core.vae.model import WanVAE
+from lcv_core.vae.tiling import Tile, Tiling, decode_stream_tiled, encode_tiled
+from lcv_core.weights.lora import load_lora
+
+Schedule = Literal["base", "distilled"]
+Output = Literal["frames", "latents"]
+Posterior = Literal["mode", "sample"]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+Text = TextStates | str | Sequence[str]
+
+# (num_steps, guidance_scale) that go with a schedule when the caller names neither.
+SCHEDULE_DEFAULTS: dict[Schedule, tuple[int, float]] = {"base": (50, 4.0), "distilled": (16, 1.0)}
+REFINE_DEFAULT_STEPS = 50
+
+
+class Encoder(Protocol):
+    """Prompts in, text states out: `TextEncoder`, or anything that acts like it."""
+
+    def encode(self, prompts: str | Sequence[str]) -> TextStates: ...
+
+
+@dataclass
+class Components:
+    """The parts of a model.
+
+    text_encoder: needed only where prompts are given as strings.
+    adapters: "distill" and "refinement" LoRAs by name (paths or state dicts); each is active only inside the runs that
+        need it: the distilled schedule and refinement.
+    native: sizes and counts a run takes when it is not told otherwise.
+    tiling: decode and encode frames by spatial tiles; None does it whole.
+    """
+
+    dit: LongCatDiT
+    vae: WanVAE | None = None
+    text_encoder: Encoder | None = None
+    adapters: Mapping[str, Path | Mapping[str, Tensor]] = field(default_factory=dict)
+    native: Native = field(default_factory=Native)
+    flow_shift: float = schedules.FLOW_SHIFT
+    tiling: Tiling | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.dit.device
+
+    @contextlib.contextmanager
+    def adapter(self, name: str) -> Iterator[None]:
+        """The named adapter active inside the block; nothing happens when these components have none of that name."""
+        if name not in self.adapters:
+            yield
+            return
+        handle = load_lora(self.dit, self.adapters[name])
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def need_vae(self) -> WanVAE:
+        if self.vae is None:
+            raise InputError("this needs a VAE; give Components(vae=...)")
+        return self.vae
+
+    def size_for(self, frames: Tensor) -> tuple[int, int]:
+        """(height, width) at the native scale whose aspect is nearest to the frames' [F, H, W, 3]."""
+        height, width = frames.shape[1:3]
+        if (self.native.height, self.native.width) == (480, 832):
+            return bucket("480p", height, width)
+        return size_for_area(self.native.height * self.native.width, height, width)
+
+    def refined_size_for(self, frames: Tensor, *, multiple: int = 64) -> tuple[int, int]:
+        """(height, width) of a refine pass: the 720p bucket for the official model, else twice the native side."""
+        height, width = frames.shape[1:3]
+        if (self.native.height, self.native.width) == (480, 832):
+            return bucket("720p", height, width, multiple=multiple)
+        return size_for_area(4 * self.native.height * self.native.width, height, width, multiple=multiple)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The options that every task takes; the pipelines' keyword arguments by the same names."""
+
+    num_steps: int
+    guidance_scale: float
+    schedule: Schedule
+    cfg_scope: CfgScope
+    cfg_mode: CfgMode
+    output: Output
+    on_step: OnStep | None
+    progress: Progress | None
+
+    @classmethod
+    def of(
+        cls, *, num_steps: int | None, guidance_scale: float | None, schedule: Schedule, cfg_scope: CfgScope,
+        cfg_mode: CfgMode, output: Output, on_step: OnStep | None, progress: Progress | None,
+    ) -> Run:  # fmt: skip
+        if schedule not in SCHEDULE_DEFAULTS:
+            raise InputError(f'schedule must be "base" or "distilled", got {schedule!r}')
+        if output not in ("frames", "latents"):
+            raise InputError(f'output must be "frames" or "latents", got {output!r}')
+        steps, scale = SCHEDULE_DEFAULTS[schedule]
+        steps = steps if num_steps is None else num_steps
+        scale = scale if guidance_scale is None else guidance_scale
+        return cls(steps, scale, schedule, cfg_scope, cfg_mode, output, on_step, progress)
+
+    def sigmas(self, flow_shift: float, *, uniform_tail: bool = False) -> Tensor:
+        """The schedule's sigmas; the uniform tail belongs to the base schedule alone."""
+        if self.schedule == "distilled":
+            return schedules.distilled(self.num_steps, flow_shift=flow_shift)
+        sigmas = schedules.base(self.num_steps, flow_shift=flow_shift)
+        return schedules.with_tail(sigmas) if uniform_tail else sigmas
+
+    def adapter(self, c: Components) -> contextlib.AbstractContextManager[None]:
+        """The distillation adapter where the schedule is the distilled one."""
+        return c.adapter("distill") if self.schedule == "distilled" else contextlib.nullcontext()
+
+
+def encode_text(c: Components, text: Text | None, *, what: str = "text") -> TextStates:
+    """TextStates as they are; prompts through the components' text encoder."""
+    if isinstance(text, TextStates):
+        states = text
+    elif text is None:
+        raise InputError(f"{what} is missing; pass a prompt or TextStates")
+    elif c.text_encoder is None:
+        raise InputError(f"{what} is a prompt but there is no text encoder; give Components(text_encoder=...)")
+    else:
+        states = c.text_encoder.encode(text)
+    channels = c.dit.config.caption_channels
+    if states.states.shape[2] != channels:
+        raise InputError(
+            f"{what} states have {states.states.shape[2]} channels, the DiT takes {channels};"
+            " text encoder and DiT must be of one checkpoint"
+        )
+    return states
+
+
+def guidance(c: Components, run: Run, negative: Text | None, batch: int) -> Guidance:
+    """The run's guidance, the negative text encoded ("" when none is given) and repeated for the batch."""
+    if not run.guidance_scale > 1.0:
+        return Guidance(scope=run.cfg_scope, mode=run.cfg_mode)
+    if negative is None and c.text_encoder is None:
+        raise InputError(
+            f"guidance_scale {run.guidance_scale:g} needs a negative_text; pass TextStates or set guidance_scale=1"
+        )
+    states = encode_text(c, "" if negative is None else negative, what="negative_text")
+    return Guidance(run.guidance_scale, expand_text(states, batch, what="negative_text"), run.cfg_scope, run.cfg_mode)
+
+
+def expand_text(states: TextStates, batch: int, *, what: str = "text") -> TextStates:
+    """One entry for all, one per prompt, or one per video, made one per video."""
+    if states.batch == batch:
+        return states
+    if batch % states.batch == 0:
+        return states.repeat(batch // states.batch)
+    raise InputError(f"{what} has {states.batch} entries for {batch} videos; give one, or one per prompt")
+
+
+def draw_noise(shape: Sequence[int], generator: Generators) -> Tensor:
+    """Standard normal fp32 [B, ...], sample by sample, on the generator's device (CPU by default).
+
+    A seed therefore means the same on every device, and a sample does not depend on the size of its batch. With a list
+    of generators each sample has its own.
+    """
+    B, rest = shape[0], tuple(shape[1:])
+    generators = generator if isinstance(generator, Sequence) else [generator] * B
+    if len(generators) != B:
+        raise InputError(f"{len(generators)} generators for {B} videos; give one, or one per video")
+    draws = [
+        torch.randn(rest, generator=g, device="cpu" if g is None else g.device, dtype=torch.float32).cpu()
+        for g in generators
+    ]
+    return torch.stack(draws)
+
+
+def start_noise(
+    c: Components, batch: int, num_frames: int, height: int, width: int, noise: Tensor | None, generator: Generators
+) -> Tensor:
+    """The given noise, checked, or fresh noise: fp32 [B, C, T, h, w]."""
+    check_size(height, width)
+    shape = (batch, *latent_shape(num_frames, height, width, channels=c.dit.config.in_channels))
+    if noise is None:
+        return draw_noise(shape, generator)
+    if tuple(noise.shape) != shape:
+        raise InputError(f"noise must be {list(shape)}, got {list(noise.shape)}")
+    return noise.float()
+
+
+def prepare_frames(frames: Any, height: int, width: int, fit: Fit) -> Tensor:
+    """What a caller passes as frames -> pixels fp32 [1, 3, F, H, W] in [-1, 1] at the given size."""
+    return to_pixels(resize_frames(as_frames(frames), height, width, fit=fit))
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """[F, H, W, 3] uint8 or float in [0, 1] -> fp32 [1, 3, F, H, W] in [-1, 1]."""
+    x = frames.float() / 255.0 if frames.dtype == torch.uint8 else frames.float()
+    return (x * 2.0 - 1.0).permute(3, 0, 1, 2).unsqueeze(0)
+
+
+def to_frames(pixels: Tensor) -> Tensor:
+    """[B, 3, F, H, W] in [-1, 1] -> fp32 [B, F, H, W, 3] in [0, 1]."""
+    return (pixels.float() / 2.0 + 0.5).clamp(0.0, 1.0).permute(0, 2, 3, 4, 1)
+
+
+def encode_frames(
+    c: Components, pixels: Tensor, *, posterior: Posterior = "mode", generator: Generators = None
+) -> Tensor:
+    """Pixels [B, 3, 4k+1, H, W] in [-1, 1] -> normalised latents fp32 [B, C, T, h, w] on the CPU.
+
+    posterior: "mode" takes the mean; "sample" draws from the posterior as the official pipelines do.
+    """
+    vae = c.need_vae()
+    mean, logvar = encode_tiled(vae, pixels, c.tiling) if c.tiling else vae.encode(pixels)
+    return vae.normalize(pick_posterior(mean, logvar, posterior, generator)).cpu()
+
+
+def for_conditions(generator: Generators, conditions: int) -> Generators:
+    """The generators that draw the posteriors of `conditions` condition clips: with one generator per video, that of
+    the first video of each condition."""
+    if not isinstance(generator, Sequence):
+        return generator
+    return list(generator)[:: max(1, len(generator) // conditions)][:conditions]
+
+
+def pick_posterior(mean: Tensor, logvar: Tensor, posterior: Posterior, generator: Generators) -> Tensor:
+    if posterior == "mode":
+        return mean
+    if posterior != "sample":
+        raise InputError(f'posterior must be "mode" or "sample", got {posterior!r}')
+    return mean + torch.exp(0.5 * logvar) * draw_noise(mean.shape, generator).to(mean)
+
+
+class StreamingDecoder:
+    """Decodes one video in any number of pieces; the result is that of decoding it whole."""
+
+    def __init__(self, c: Components) -> None:
+        self.c = c
+        self._state: StreamState = {}
+        self._tiles: list[Tile] = []
+
+    def stream(self, latents: Tensor) -> Iterator[Tensor]:
+        """The next normalised latents [B, C, n, h, w] -> fp32 frames [B, 1 then 4, H, W, 3] in [0, 1] for each of them."""
+        vae, tiling = self.c.need_vae(), self.c.tiling
+        latent = vae.denormalize(latents.float())
+        if tiling:
+            stream = decode_stream_tiled(vae, latent, tiling, self._tiles)
+        else:
+            stream = vae.decode_stream(latent, self._state)
+        for pixels in stream:
+            yield to_frames(pixels).cpu()
+
+    def push(self, latents: Tensor) -> Tensor:
+        """The frames [B, F, H, W, 3] of the next latents, all at once."""
+        first = 1 if not (self._state or self._tiles) else TIME_FACTOR
+        total = first + TIME_FACTOR * (latents.shape[2] - 1)
+        out: Tensor | None = None
+        done = 0
+        for frames in self.stream(latents):
+            if out is None:
+                out = frames.new_empty(frames.shape[0], total, *frames.shape[2:])
+            out[:, done : done + frames.shape[1]] = frames
+            done += frames.shape[1]
+        assert out is not None
+        return out
+
+
+def decode_latents(c: Components, latents: Tensor) -> Tensor:
+    """Normalised latents [B, C, T, h, w] -> fp32 frames [B, F, H, W, 3] in [0, 1] on the CPU."""
+    return StreamingDecoder(c).push(latents)
+
+
+def finish(c: Components, latents: Tensor, output: Output) -> Tensor:
+    """What a pipeline returns: normalised latents, or decoded frames."""
+    return latents.cpu() if output == "latents" else decode_latents(c, latents)
+
+
+def put_condition(noise: Tensor, cond: Tensor) -> Tensor:
+    """Noise [B, C, T, h, w] with the condition latents [1 or B, C, n_c, h, w] written over its first frames."""
+    out = noise.clone()
+    out[:, :, : cond.shape[2]] = cond.to(out)
+    return out

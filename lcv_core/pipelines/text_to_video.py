@@ -1,0 +1,63 @@
+"""Text to video."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lcv_core.denoise import CfgMode, CfgScope, OnStep, Progress, denoise
+from lcv_core.pipelines.base import (
+    Components,
+    Generators,
+    Output,
+    Run,
+    Schedule,
+    Text,
+    encode_text,
+    finish,
+    guidance,
+    start_noise,
+)
+
+
+def text_to_video(
+    c: Components,
+    *,
+    text: Text,
+    negative_text: Text | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    schedule: Schedule = "base",
+    num_videos_per_prompt: int = 1,
+    noise: Tensor | None = None,
+    generator: Generators = None,
+    cfg_scope: CfgScope = "noise",
+    cfg_mode: CfgMode = "sequential",
+    output: Output = "frames",
+    on_step: OnStep | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """A video for each prompt: frames fp32 [B, F, H, W, 3] in [0, 1], or normalised latents fp32 [B, C, T, h, w].
+
+    text: prompt, list of prompts, or TextStates; B = prompts * num_videos_per_prompt.
+    negative_text: the same; one for all or one per prompt. With a text encoder the default is the empty prompt.
+    height, width: pixels, multiples of 16. num_frames: 4k+1. Defaults are the checkpoint's native ones.
+    num_steps, guidance_scale: default to 50 and 4.0 with the "base" schedule, 16 and 1.0 with "distilled".
+    noise: [B, C, T, h, w] start noise; otherwise drawn from `generator` (one, or one per video).
+    cfg_scope: "noise" and "all" mean the same here, there being no condition frames.
+    """
+    run = Run.of(
+        num_steps=num_steps, guidance_scale=guidance_scale, schedule=schedule, cfg_scope=cfg_scope, cfg_mode=cfg_mode,
+        output=output, on_step=on_step, progress=progress,
+    )  # fmt: skip
+    sigmas = run.sigmas(c.flow_shift)
+    native = c.native
+    frames = native.num_frames if num_frames is None else num_frames
+    states = encode_text(c, text).repeat(num_videos_per_prompt)
+    x = start_noise(c, states.batch, frames, height or native.height, width or native.width, noise, generator)
+    guide = guidance(c, run, negative_text, states.batch)
+    with run.adapter(c):
+        latents = denoise(c.dit, x, sigmas, text=states, guidance=guide, on_step=run.on_step, progress=run.progress)
+    return finish(c, latents, run.output)

@@ -1,0 +1,140 @@
+"""Building blocks of the Wan 2.1 causal video VAE, with the state that lets a clip stream through in chunks.
+
+Every causal layer keeps what it needs of earlier chunks in a `StreamState`, so a clip encoded or decoded chunk by
+chunk equals the clip in one piece and memory does not grow with its length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+StreamState = dict[nn.Module, Tensor]
+"""Layer -> last input frames [B, C, 1..2, H, W]. Empty at the start of a clip; one per clip (and per tile)."""
+
+
+class RMSNorm(nn.Module):
+    """x / ||x|| over channels * sqrt(dim) * gamma; gamma is (C, 1, 1, 1) for video, (C, 1, 1) for images."""
+
+    def __init__(self, dim: int, spatial_dims: int, **factory: Any) -> None:
+        super().__init__()
+        self.scale = dim**0.5
+        self.gamma = nn.Parameter(torch.ones(dim, *(1,) * spatial_dims, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) * (self.scale * self.gamma.to(x.dtype))
+
+
+def causal_conv(conv: nn.Module, x: Tensor, state: StreamState) -> Tensor:
+    """A 3x3x3 convolution that sees the two frames before this chunk: earlier chunks' or, at the start, zeros.
+
+    `conv` pads in space alone; time comes from the state.
+    """
+    history = state.get(conv)
+    if history is None:
+        history = x.new_zeros(*x.shape[:2], 2, *x.shape[3:])
+    x = torch.cat([history, x], dim=2)
+    state[conv] = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
+    return conv(x)
+
+
+def conv3(ops: Any, dim_in: int, dim_out: int, **factory: Any) -> nn.Module:
+    """The convolution of `causal_conv`."""
+    return ops.Conv3d(dim_in, dim_out, kernel_size=3, padding=(0, 1, 1), **factory)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, dim_in: int, dim_out: int, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(dim_in, 3, **factory)
+        self.conv1 = conv3(ops, dim_in, dim_out, **factory)
+        self.norm2 = RMSNorm(dim_out, 3, **factory)
+        self.conv2 = conv3(ops, dim_out, dim_out, **factory)
+        self.conv_shortcut = ops.Conv3d(dim_in, dim_out, kernel_size=1, **factory) if dim_in != dim_out else None
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        h = causal_conv(self.conv1, F.silu(self.norm1(x)), state)
+        h = causal_conv(self.conv2, F.silu(self.norm2(h)), state)
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over the pixels of each frame."""
+
+    def __init__(self, dim: int, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, 2, **factory)
+        self.to_qkv = ops.Conv2d(dim, 3 * dim, kernel_size=1, **factory)
+        self.proj = ops.Conv2d(dim, dim, kernel_size=1, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.transpose(1, 2).flatten(0, 1)  # [B*T, C, H, W]
+        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)  # [B*T, 1, H*W, 3C]
+        h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        h = self.proj(h.squeeze(1).transpose(1, 2).unflatten(2, frames.shape[2:]))
+        return x + h.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+class MidBlock(nn.Module):
+    def __init__(self, dim: int, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(dim, dim, ops, **factory) for _ in range(2))
+        self.attentions = nn.ModuleList([AttentionBlock(dim, ops, **factory)])
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        x = self.resnets[0](x, state)
+        return self.resnets[1](self.attentions[0](x), state)
+
+
+def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply a 2-D layer to every frame of x [B, C, T, H, W]."""
+    return layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+class Downsample(nn.Module):
+    """Halves space, and time too with `temporal`."""
+
+    def __init__(self, dim: int, ops: Any, *, temporal: bool, **factory: Any) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), ops.Conv2d(dim, dim, 3, stride=2, **factory))
+        self.time_conv = ops.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1), **factory) if temporal else None
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        x = per_frame(self.resample, x)
+        if self.time_conv is None:
+            return x
+        last = state.get(self)
+        state[self] = x[:, :, -1:].clone()
+        # The first frame of a clip passes through; later frames are merged in pairs behind the frame before them.
+        return x if last is None else self.time_conv(torch.cat([last, x], dim=2))
+
+
+class Upsample(nn.Module):
+    """Doubles space (halving channels), and time too with `temporal`."""
+
+    def __init__(self, dim: int, ops: Any, *, temporal: bool, **factory: Any) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), ops.Conv2d(dim, dim // 2, 3, padding=1, **factory)
+        )
+        self.time_conv = ops.Conv3d(dim, 2 * dim, (3, 1, 1), **factory) if temporal else None
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        if self.time_conv is not None:
+            x = self._double_time(x, state)
+        return per_frame(self.resample, x)
+
+    def _double_time(self, x: Tensor, state: StreamState) -> Tensor:
+        """Chunk 0 stays single and leaves no trace: the history of chunk 1 is zeros."""
+        history = state.get(self)
+        if history is None:
+            state[self] = x.new_zeros(*x.shape[:2], 2, *x.shape[3:])
+            return x
+        assert self.time_conv is not None
+        padded = torch.cat([history, x], dim=2)
+        state[self] = padded[:, :, -2:].clone()
+        even, odd = self.time_conv(padded).chunk(2, dim=1)
+        return torch.stack((even, odd), dim=3).flatten(2, 3)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lcv_bsa import bsa_3d
+from lcv_bsa import block_sparse_attention, select_blocks
 from lcv_core.config import BSAConfig, DiTConfig
 from lcv_core.dit.attention import Attend
 from lcv_core.dit.embed import fp32_linear, modulate
@@ -54,11 +54,11 @@ def self_attend(q: Tensor, k: Tensor, v: Tensor, seq: Sequence3D) -> Tensor:
     if seq.bsa is None or seq.grid[0] == 1:
         return seq.attend(q, k, v)
     sparsity = seq.bsa.sparsity
-    return bsa_3d(
-        q, k, v, (frames_q, *seq.grid[1:]), (frames_k, *seq.grid[1:]),
-        block_q=seq.bsa.block_q, block_k=seq.bsa.block_k,
+    selection = select_blocks(
+        q, k, (frames_q, *seq.grid[1:]), (frames_k, *seq.grid[1:]), seq.bsa.block_q, block_k=seq.bsa.block_k,
         keep=None if sparsity is None else 1.0 - sparsity, cdf_threshold=seq.bsa.cdf_threshold,
     )  # fmt: skip
+    return block_sparse_attention(q, k, v, selection)
 
 
 class SelfAttention(nn.Module):

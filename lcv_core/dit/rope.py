@@ -44,8 +44,9 @@ def rope_angles(grid: tuple[int, int, int], head_dim: int, device: torch.device 
 @lru_cache(maxsize=4)
 def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(cos, sin), fp32 [T*h*w, head_dim // 2] each; one table shared by all layers and steps."""
-    angles = rope_angles(grid, head_dim)
-    return angles.cos().to(device), angles.sin().to(device)
+    with torch.inference_mode(False):  # a table first made in inference mode has to serve training too
+        angles = rope_angles(grid, head_dim)
+        return angles.cos().to(device), angles.sin().to(device)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from lcv_core.denoise import CfgMode, CfgScope, Guidance, OnStep, Progress
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.errors import InputError
 from lcv_core.image_io import Fit, as_frames, resize_frames
-from lcv_core.shapes import TIME_FACTOR, bucket, check_size, latent_shape, size_for_area
+from lcv_core.shapes import REFINE_MULTIPLE, TIME_FACTOR, bucket, check_size, latent_shape, size_for_area
 from lcv_core.text.encoder import TextStates
 from lcv_core.vae.layers import StreamState
 from lcv_core.vae.model import WanVAE
@@ -81,19 +81,22 @@ class Components:
             raise InputError("this needs a VAE; give Components(vae=...)")
         return self.vae
 
-    def size_for(self, frames: Tensor) -> tuple[int, int]:
-        """(height, width) at the native scale whose aspect is nearest to the frames' [F, H, W, 3]."""
-        height, width = frames.shape[1:3]
-        if (self.native.height, self.native.width) == (480, 832):
-            return bucket("480p", height, width)
-        return size_for_area(self.native.height * self.native.width, height, width)
 
-    def refined_size_for(self, frames: Tensor, *, multiple: int = 64) -> tuple[int, int]:
-        """(height, width) of a refine pass: the 720p bucket for the official model, else twice the native side."""
-        height, width = frames.shape[1:3]
-        if (self.native.height, self.native.width) == (480, 832):
-            return bucket("720p", height, width, multiple=multiple)
-        return size_for_area(4 * self.native.height * self.native.width, height, width, multiple=multiple)
+
+def native_size(native: Native, height: int, width: int) -> tuple[int, int]:
+    """(height, width) at the native scale whose aspect is nearest to a picture's: the official 480p bucket, or the
+    16-pixel grid for a checkpoint of another scale."""
+    if (native.height, native.width) == (480, 832):
+        return bucket("480p", height, width)
+    return size_for_area(native.height * native.width, height, width)
+
+
+def refined_size(native: Native, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of a refine pass over a clip of this size: the official 720p bucket in whole sparse blocks, or
+    twice the native side for a checkpoint of another scale."""
+    if (native.height, native.width) == (480, 832):
+        return bucket("720p", height, width, multiple=REFINE_MULTIPLE)
+    return size_for_area(4 * native.height * native.width, height, width, multiple=REFINE_MULTIPLE)
 
 
 @dataclass(frozen=True)
@@ -258,7 +261,7 @@ class StreamingDecoder:
         self._tiles: list[Tile] = []
 
     def stream(self, latents: Tensor) -> Iterator[Tensor]:
-        """The next normalised latents [B, C, n, h, w] -> fp32 frames [B, 1 then 4, H, W, 3] in [0, 1] for each of them."""
+        """The next normalised latents [B, C, n, h, w] -> fp32 frames [B, 1 then 4, H, W, 3] in [0, 1] for each."""
         vae, tiling = self.c.need_vae(), self.c.tiling
         latent = vae.denormalize(latents.float())
         if tiling:

@@ -23,6 +23,7 @@ from lcv_core.pipelines.base import (
     finish,
     for_conditions,
     guidance,
+    native_size,
     prepare_frames,
     put_condition,
     start_noise,
@@ -73,7 +74,7 @@ def continue_video(
     clip = as_frames(frames)
     check_cond_frames(cond_frames, c.native.num_frames if num_frames is None else num_frames, clip.shape[0])
     clip = clip[-cond_frames:]  # the rest of a long clip is never converted or uploaded
-    h, w = c.size_for(clip)
+    h, w = native_size(c.native, *clip.shape[1:3])
     h, w = height or h, width or w
     check_size(h, w)
     return continue_from_latents(

@@ -22,6 +22,7 @@ from lcv_core.pipelines.base import (
     finish,
     for_conditions,
     guidance,
+    native_size,
     put_condition,
     start_noise,
     to_pixels,
@@ -65,7 +66,7 @@ def image_to_video(
     )  # fmt: skip
     sigmas = run.sigmas(c.flow_shift)
     images = as_frames(image)
-    h, w = c.size_for(images)
+    h, w = native_size(c.native, *images.shape[1:3])
     h, w = height or h, width or w
     check_size(h, w)
     frames = c.native.num_frames if num_frames is None else num_frames

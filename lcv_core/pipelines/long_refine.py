@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
@@ -73,7 +74,7 @@ def long_refine_segments(
         return refine_video(
             c, text=states.select(index), frames=read(span.start, span.stop), output="latents",
             generator=segment_generator(seed, index), progress=store.progress(index) if store else None,
-            on_step=None if on_step is None else lambda info: on_step(index, info),
+            on_step=None if on_step is None else partial(on_step, index),
             **condition, **mapping, **options,
         )  # fmt: skip
 

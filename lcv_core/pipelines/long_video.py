@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from lcv_core.pipelines.base import (
     encode_frames,
     encode_text,
     expand_text,
+    native_size,
     prepare_frames,
     to_pixels,
 )
@@ -189,7 +191,9 @@ class _LongJob:
     ) -> None:  # fmt: skip
         if image is not None and frames is not None:
             raise InputError("start a long video from an image or from a clip, not both")
-        self.c, self.run, self.seed, self.fit, self.posterior = c, run, seed, fit, posterior
+        self.c, self.run, self.seed = c, run, seed
+        self.fit: Fit = fit
+        self.posterior: Posterior = posterior
         self.uniform_tail, self.use_kv_cache, self.on_step = uniform_tail, use_kv_cache, on_step
         self.num_frames = c.native.num_frames if num_frames is None else num_frames
         self.num_cond_frames = c.native.num_cond_frames if num_cond_frames is None else num_cond_frames
@@ -207,8 +211,9 @@ class _LongJob:
         self.handover = self._make_handover(handover)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        native = self.c.native
         start = self.image if self.clip is None else self.clip
-        h, w = (self.c.native.height, self.c.native.width) if start is None else self.c.size_for(start)
+        h, w = (native.height, native.width) if start is None else native_size(native, *start.shape[1:3])
         size = (height or h, width or w)
         check_size(*size)
         return size
@@ -250,8 +255,7 @@ class _LongJob:
 
     def _make(self, index: int, progress: Progress | None) -> Tensor:
         generator = segment_generator(self.seed, index)
-        on_step = self.on_step
-        run = self.run(None if on_step is None else lambda info: on_step(index, info), progress)
+        run = self.run(None if self.on_step is None else partial(self.on_step, index), progress)
         text = self.text.select(index)
         negative = None if self.negative is None else self.negative.select(index)
         if index == 0 and self.clip is None:

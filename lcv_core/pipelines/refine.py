@@ -24,6 +24,7 @@ from lcv_core.pipelines.base import (
     encode_frames,
     encode_text,
     pick_posterior,
+    refined_size,
     to_pixels,
 )
 from lcv_core.refinement import (
@@ -79,7 +80,7 @@ def refine_video(
         raise InputError(f'output must be "frames" or "latents", got {output!r}')
     clip = as_frames(frames)
     sigmas = refine_sigmas(c, t_thresh, num_steps, refine_steps)
-    H, W = size or c.refined_size_for(clip)
+    H, W = size or refined_size(c.native, *clip.shape[1:3])
     check_size(H, W)
     count = condition_count(image, video, num_cond_frames, spatial_only=spatial_only)
     plan = plan_refine(clip.shape[0], count, spatial_only=spatial_only, time_mapping=time_mapping)

@@ -25,7 +25,9 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *(1,) * spatial_dims, **factory))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * (self.scale * self.gamma.to(x.dtype))
+        # F.normalize with its 1e-12 floor, written out: the library's strided norm is 10x slower on a CPU.
+        inverse = torch.rsqrt(x.square().sum(dim=1, keepdim=True).clamp_min(1e-24))
+        return x * inverse * (self.scale * self.gamma.to(x.dtype))
 
 
 def causal_conv(conv: nn.Module, x: Tensor, state: StreamState) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,9 +34,9 @@ class Encoder(nn.Module):
         dims = [config.base_dim * m for m in (1, *config.dim_mult)]
         self.conv_in = conv3(ops, 3, dims[0], **factory)
         blocks: list[nn.Module] = []
-        for i, (dim_in, dim_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for i, (dim_in, dim_out) in enumerate(pairwise(dims)):
             widths = [dim_in] + [dim_out] * config.num_res_blocks
-            blocks += [ResidualBlock(a, b, ops, **factory) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+            blocks += [ResidualBlock(a, b, ops, **factory) for a, b in pairwise(widths)]
             if i < len(config.temperal_downsample):
                 blocks.append(Downsample(dim_out, ops, temporal=config.temperal_downsample[i], **factory))
         self.down_blocks = nn.ModuleList(blocks)
@@ -57,9 +58,7 @@ class UpBlock(nn.Module):
     ) -> None:
         super().__init__()
         widths = [dim_in] + [dim_out] * (config.num_res_blocks + 1)
-        self.resnets = nn.ModuleList(
-            ResidualBlock(a, b, ops, **factory) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.resnets = nn.ModuleList(ResidualBlock(a, b, ops, **factory) for a, b in pairwise(widths))
         self.upsamplers = None
         if upsample != "none":
             self.upsamplers = nn.ModuleList([Upsample(dim_out, ops, temporal=upsample == "3d", **factory)])

@@ -1,0 +1,327 @@
+"""The commands of `lcv`: each turns its options into a Job and runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lcv_core.cli.options import (
+    CONDITION,
+    PROMPT,
+    SAMPLING,
+    VIDEO,
+    ConditionOptions,
+    ContinueOptions,
+    HandoverName,
+    JointName,
+    MachineOptions,
+    MappingName,
+    ModelOptions,
+    OutputOptions,
+    SamplingOptions,
+    SparsityName,
+    option,
+    takes,
+)
+from lcv_core.errors import InputError
+
+app = typer.Typer(
+    name="lcv",
+    help="LongCat-Video: make, animate, continue and refine videos.\n\n"
+    "First steps without the 83 GB of weights: `lcv init models/mini`, then"
+    " `lcv t2v -m models/mini -p 'a red ball'`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Prompts = Annotated[
+    list[str] | None, option("--prompt", "-p", panel=PROMPT, help="What to show. Repeat it for several videos.")
+]
+Image = Annotated[Path | None, option("--image", "-i", panel=CONDITION, help="Picture file: any mode, EXIF honoured.")]
+NumVideos = Annotated[int, option("--num-videos", panel=SAMPLING, min=1, help="Videos per prompt, seeds counting up.")]
+Clip = Annotated[Path, typer.Argument(help="Video file: anything FFmpeg reads, at any frame rate.")]
+
+
+def example(*lines: str) -> str:
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"  {line}" for line in lines)
+
+
+@app.command(epilog=example("lcv t2v -m MODEL -p 'a cat on a skateboard' -o cat.mp4",
+                            "lcv t2v -m MODEL -p 'a cat' -p 'a dog' --schedule distilled --seed 7"))  # fmt: skip
+@takes(model=ModelOptions, sampling=SamplingOptions, output=OutputOptions, machine=MachineOptions)
+def t2v(
+    model: Any, sampling: Any, output: Any, machine: Any, prompt: Prompts = None, num_videos: NumVideos = 1
+) -> None:
+    """Make a video from text."""
+    job = _job("t2v", model, machine, output, sampling, prompts=_prompts(prompt), num_videos=num_videos)
+    _run(job, output, machine)
+
+
+@app.command(epilog=example("lcv i2v -m MODEL -i girl.png -p 'she turns her head and smiles' -o girl.mp4"))
+@takes(condition=ConditionOptions, model=ModelOptions, sampling=SamplingOptions, output=OutputOptions,
+       machine=MachineOptions)  # fmt: skip
+def i2v(
+    condition: Any, model: Any, sampling: Any, output: Any, machine: Any,
+    image: Image = None, prompt: Prompts = None, num_videos: NumVideos = 1,
+) -> None:  # fmt: skip
+    """Animate a picture: it becomes the first frame."""
+    if image is None:
+        raise InputError("i2v needs a picture; name it with --image")
+    job = _job(
+        "i2v", model, machine, output, sampling, condition, prompts=_prompts(prompt), num_videos=num_videos, image=image
+    )
+    _run(job, output, machine)
+
+
+@app.command("continue", epilog=example("lcv continue clip.mp4 -m MODEL -p 'the motorcycle drives on' -o longer.mp4"))
+@takes(cont=ContinueOptions, condition=ConditionOptions, model=ModelOptions, sampling=SamplingOptions,
+       output=OutputOptions, machine=MachineOptions)  # fmt: skip
+def continue_(
+    clip: Clip, cont: Any, condition: Any, model: Any, sampling: Any, output: Any, machine: Any,
+    prompt: Prompts = None, num_videos: NumVideos = 1,
+) -> None:  # fmt: skip
+    """Continue a clip: its last frames are seen, what follows is made."""
+    job = _job(
+        "continue", model, machine, output, sampling, condition, cont, prompts=_prompts(prompt),
+        num_videos=num_videos, clip=clip,
+    )  # fmt: skip
+    _run(job, output, machine)
+
+
+@app.command(epilog=example("lcv long -m MODEL -p 'a train crosses a bridge' --segments 11 -o minute.mp4",
+                            "lcv long -m MODEL -p 'she enters' -p 'she sits down' -p 'she reads' -o story.mp4",
+                            "lcv long -m MODEL --clip start.mp4 -p 'and on it goes' --segments 4"))  # fmt: skip
+@takes(cont=ContinueOptions, condition=ConditionOptions, model=ModelOptions, sampling=SamplingOptions,
+       output=OutputOptions, machine=MachineOptions)  # fmt: skip
+def long(
+    cont: Any, condition: Any, model: Any, sampling: Any, output: Any, machine: Any,
+    prompt: Prompts = None,
+    segments: Annotated[
+        int | None, option("--segments", "-s", panel=SAMPLING, min=1, help="How many; default: one per prompt.")
+    ] = None,
+    image: Image = None,
+    clip: Annotated[Path | None, option("--clip", "-c", panel=CONDITION, help="Start by continuing this clip.")] = None,
+    handover: Annotated[
+        HandoverName, option("--handover", panel=SAMPLING, help="What a segment sees of the one before.")
+    ] = HandoverName.frames,
+) -> None:  # fmt: skip
+    """Make a long video, segment by segment, with one prompt or one per segment. Killed runs go on where they stopped."""
+    if image is not None and clip is not None:
+        raise InputError("start a long video from --image or from --clip, not both")
+    job = _job(
+        "long", model, machine, output, sampling, condition, cont, prompts=_prompts(prompt), num_segments=segments,
+        image=image, clip=clip, handover=handover.value,
+    )  # fmt: skip
+    _run(job, output, machine)
+
+
+@app.command(epilog=example("lcv refine clip.mp4 -m MODEL -o clip-720p.mp4",
+                            "lcv refine clip.mp4 -m MODEL --spatial-only --image first-frame.png"))  # fmt: skip
+@takes(condition=ConditionOptions, model=ModelOptions, output=OutputOptions, machine=MachineOptions)
+def refine(
+    clip: Clip, condition: Any, model: Any, output: Any, machine: Any,
+    prompt: Annotated[
+        list[str] | None, option("--prompt", "-p", panel=PROMPT, help="Default: the clip's own, if lcv made it.")
+    ] = None,
+    image: Image = None,
+    video: Annotated[
+        Path | None, option("--video", panel=CONDITION, help="High-resolution video that the clip goes on from.")
+    ] = None,
+    cond_frames: Annotated[
+        int | None, option("--cond-frames", panel=CONDITION, help="Frames of --video that overlap the clip's start.")
+    ] = None,
+    spatial_only: Annotated[bool, option("--spatial-only", panel=SAMPLING, help="Keep the frame rate.")] = False,
+    t_thresh: Annotated[
+        float, option("--t-thresh", panel=SAMPLING, help="Noise level to refine from, in (0, 1].")
+    ] = 0.5,
+    steps: Annotated[
+        int | None, option("--steps", panel=SAMPLING, min=1, help="Refine steps; 5 as released.")
+    ] = None,
+    time_mapping: Annotated[
+        MappingName, option("--time-mapping", panel=SAMPLING, help="auto: stretch for one window, exact for more.")
+    ] = MappingName.auto,
+    joint: Annotated[JointName, option("--joint", panel=SAMPLING, help="How windows meet.")] = JointName.blend,
+    window: Annotated[
+        int | None, option("--window", panel=SAMPLING, min=5, help="Frames refined at a time; 93.")
+    ] = None,
+    attention_pattern: Annotated[
+        SparsityName, option("--refine-attention", panel=SAMPLING, help="sparse: the model's block sparse settings.")
+    ] = SparsityName.sparse,
+    height: Annotated[int | None, option("--height", panel=SAMPLING, help="Pixels; by aspect bucket.")] = None,
+    width: Annotated[int | None, option("--width", panel=SAMPLING, help="Pixels; by aspect bucket.")] = None,
+    seed: Annotated[int | None, option("--seed", panel=SAMPLING, min=0, help="Default: a random one.")] = None,
+) -> None:  # fmt: skip
+    """Refine a clip of any length to twice the size and, unless only space is refined, twice the frame rate."""
+    if image is not None and video is not None:
+        raise InputError("give --image or --video as the condition, not both")
+    job = _job(
+        "refine", model, machine, output, None, condition, prompts=prompt or [_prompt_of(clip)], clip=clip,
+        image=image, cond_video=video, num_cond_frames=cond_frames, spatial_only=spatial_only, t_thresh=t_thresh,
+        refine_steps=steps, time_mapping=time_mapping.value, joint=joint.value, window=window,
+        refine_attention=attention_pattern.value, height=height, width=width, seed=seed,
+    )  # fmt: skip
+    _run(job, output, machine)
+
+
+@app.command(epilog=example("lcv rerun cat.mp4 -m MODEL -o again.mp4"))
+@takes(output=OutputOptions)
+def rerun(
+    file: Annotated[Path, typer.Argument(help="Any output of lcv: video, PNG, folder of PNGs, latents.")],
+    output: Any,
+    model: Annotated[Path | None, option("--model", "-m", panel="Model", help="Default: where it was.")] = None,
+    device: Annotated[str, option("--device", panel="Machine", help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Repeat the job that made a file, from the settings it carries."""
+    from lcv_core.cli.job import Job
+
+    job = Job.from_metadata(_metadata_of(file), file)
+    changes = {k: v for k in ("frame_rate", "crf") if (v := getattr(output, k)) is not None}
+    job = dataclasses.replace(job, model=str(model or job.model), **changes)
+    found = _model_hash(job)
+    if found != job.model_hash:
+        raise InputError(f"{job.model} is not the model of {file} (hash {found}, made with {job.model_hash})")
+    _run(job, output, MachineOptions(device=device))
+
+
+@app.command(epilog=example("lcv inspect models/LongCat-Video", "lcv inspect some-lora.safetensors --json"))
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Checkpoint folder or any weights file.")],
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what a checkpoint is, holds, lacks, can do and needs, without reading its weights."""
+    from lcv_core.cli.report import print_report, to_json
+    from lcv_core.weights.inspect import inspect_checkpoint
+
+    inspection = inspect_checkpoint(path)
+    if json:
+        sys.stdout.write(to_json(inspection) + "\n")
+    else:
+        print_report(inspection, Console())
+
+
+@app.command(epilog=example("lcv init models/mini", "lcv init --preset tiny models/tiny"))
+def init(
+    folder: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],
+    preset: Annotated[str, typer.Option("--preset", help="mini or tiny.")] = "mini",
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+) -> None:
+    """Write a small random checkpoint in the official layout, to try everything on any machine."""
+    from lcv_core.weights.init import init_checkpoint
+
+    init_checkpoint(folder, preset, seed=seed, overwrite=overwrite)
+    Console(stderr=True).print(f"wrote {folder}; its weights are random: it shows that things run, not pictures")
+
+
+def _prompts(prompt: list[str] | None) -> list[str]:
+    if not prompt:
+        raise InputError("there is no prompt; give one with --prompt (-p), it may be empty")
+    return prompt
+
+
+def _prompt_of(clip: Path) -> str:
+    """The prompt that a clip of lcv's was made with; nothing for any other."""
+    from lcv_core.video_io import read_metadata
+
+    data = read_metadata(clip) or {}
+    prompts = data.get("job", {}).get("prompts", [])
+    return prompts[0] if prompts else ""
+
+
+def _metadata_of(file: Path) -> dict[str, Any]:
+    from lcv_core.cli.outputs import read_latents_metadata
+    from lcv_core.image_io import settings_from_json
+    from lcv_core.video_io import read_metadata
+
+    if file.suffix == ".safetensors" and file.is_file():
+        text = read_latents_metadata(file)
+        data = settings_from_json(text, file) if text else None
+    else:
+        data = read_metadata(file)
+    if data is None:
+        raise InputError(f"{file} carries no settings; only files made by lcv do")
+    return data
+
+
+def _model_hash(job: Any) -> str:
+    from lcv_core.weights.checkpoint import open_checkpoint
+
+    return open_checkpoint(job.model).fingerprint()
+
+
+def _job(
+    task: Any, model: Any, machine: Any, output: Any, sampling: Any = None, condition: Any = None,
+    cont: Any = None, **own: Any,
+) -> Any:  # fmt: skip
+    """The options of a command as a Job; names the model and hashes what it reads."""
+    from lcv_core.cli.job import InputFile, Job
+    from lcv_core.cli.run import random_seed
+
+    if model.model is None:
+        raise InputError("there is no model; name a checkpoint folder with --model (-m) or LCV_MODEL")
+    values: dict[str, Any] = {
+        "model": str(model.model), "loras": [_lora(text) for text in model.lora or []],
+        "attention": machine.attention, "dtype": machine.dtype.value, "tile": machine.tile,
+        "timestep_precision": machine.timestep_precision.value, "frame_rate": output.frame_rate, "crf": output.crf,
+    }  # fmt: skip
+    values |= {k: str(v) for k in ("vae", "text_encoder", "tokenizer") if (v := getattr(model, k)) is not None}
+    if sampling is not None:
+        values |= {
+            "negative_prompt": sampling.negative_prompt, "seed": sampling.seed, "num_steps": sampling.steps,
+            "guidance_scale": sampling.guidance, "schedule": sampling.schedule.value, "height": sampling.height,
+            "width": sampling.width, "num_frames": sampling.frames, "cfg_scope": sampling.cfg_scope.value,
+            "cfg_mode": sampling.cfg_mode.value,
+        }  # fmt: skip
+    if condition is not None:
+        values |= {"fit": condition.fit.value, "posterior": condition.posterior.value}
+    if cont is not None:
+        values |= {
+            "num_cond_frames": cont.cond_frames, "keep": cont.keep.value, "uniform_tail": cont.uniform_tail,
+            "kv_cache": cont.kv_cache,
+        }  # fmt: skip
+    values |= own
+    values |= {name: InputFile.of(values.get(name)) for name in ("image", "clip", "cond_video")}
+    if values.get("seed") is None:
+        values["seed"] = random_seed()
+    job = Job(task=task, model_hash="", **values)
+    return dataclasses.replace(job, model_hash=_model_hash(job))
+
+
+def _lora(text: str) -> Any:
+    """FILE or FILE:STRENGTH."""
+    from lcv_core.cli.job import Lora, file_hash
+
+    path, separator, strength = text.rpartition(":")
+    try:
+        value = float(strength) if separator else 1.0
+    except ValueError:  # a colon inside the path
+        path, value = text, 1.0
+    path = path if separator and path else text
+    return Lora(path, value, file_hash(Path(path)))
+
+
+def _run(job: Any, output: Any, machine: Any) -> None:
+    from lcv_core.cli.outputs import Target, check_target, next_free
+    from lcv_core.cli.progress import Reporter
+    from lcv_core.cli.run import run_job
+    from lcv_core.weights.checkpoint import open_checkpoint
+
+    reporter = Reporter()
+    path = output.output or next_free(job.task)
+    count = len(job.prompts) * job.num_videos if job.task in ("t2v", "i2v", "continue") else 1
+    kind = check_target(path, overwrite=output.overwrite, total=count)
+    native = open_checkpoint(job.model).native
+    doubled = job.task == "refine" and not job.spatial_only
+    rate = job.frame_rate or native.frame_rate * (2 if doubled else 1)
+    crf = job.crf if job.crf is not None else (10 if job.task == "refine" else 18)
+    reporter.say(f"seed {job.seed}")
+    for made in run_job(job, Target(path, kind, rate, crf), machine.device, reporter):
+        reporter.say(f"wrote {made}")

@@ -1,0 +1,227 @@
+"""The command line's options, each written once, in groups that commands take whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+
+class ScheduleName(StrEnum):
+    base = "base"
+    distilled = "distilled"
+
+
+class FitName(StrEnum):
+    crop = "crop"
+    pad = "pad"
+    stretch = "stretch"
+
+
+class ScopeName(StrEnum):
+    noise = "noise"
+    all = "all"
+
+
+class CfgModeName(StrEnum):
+    sequential = "sequential"
+    batched = "batched"
+
+
+class DtypeName(StrEnum):
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class TimestepName(StrEnum):
+    model = "model"
+    fp32 = "fp32"
+
+
+class HandoverName(StrEnum):
+    frames = "frames"
+    official = "official"
+    latents = "latents"
+
+
+class KeepName(StrEnum):
+    all = "all"
+    new = "new"
+
+
+class PosteriorName(StrEnum):
+    mode = "mode"
+    sample = "sample"
+
+
+class MappingName(StrEnum):
+    auto = "auto"
+    stretch = "stretch"
+    exact = "exact"
+
+
+class JointName(StrEnum):
+    blend = "blend"
+    cut = "cut"
+
+
+class SparsityName(StrEnum):
+    sparse = "sparse"
+    dense = "dense"
+
+
+def option(*names: str, help: str, panel: str, **rest: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **rest)
+
+
+MODEL, PROMPT, SAMPLING, VIDEO, CONDITION, MACHINE = "Model", "Prompt", "Sampling", "Output", "Condition", "Machine"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    model: Annotated[
+        Path | None,
+        option("--model", "-m", envvar="LCV_MODEL", panel=MODEL, help="Checkpoint folder, or a single DiT file."),
+    ] = None
+    vae: Annotated[Path | None, option("--vae", panel=MODEL, help="VAE file or folder, if not in the model's.")] = None
+    text_encoder: Annotated[
+        Path | None, option("--text-encoder", panel=MODEL, help="umT5 file or folder, if not in the model's.")
+    ] = None
+    tokenizer: Annotated[
+        Path | None, option("--tokenizer", panel=MODEL, help="Tokenizer folder, if not in the model's.")
+    ] = None
+    lora: Annotated[
+        list[str] | None,
+        option("--lora", panel=MODEL, help="LoRA file, any dialect; FILE:0.8 sets its strength. Repeatable."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    device: Annotated[str, option("--device", panel=MACHINE, help="auto, cpu, cuda, cuda:1, ...")] = "auto"
+    dtype: Annotated[
+        DtypeName, option("--dtype", panel=MACHINE, help="auto: bf16 on a GPU and for big models, else fp32.")
+    ] = DtypeName.auto
+    attention: Annotated[
+        str, option("--attention", panel=MACHINE, help="auto, sdpa, flash2, flash3, sage, xformers or bsa.")
+    ] = "auto"
+    timestep_precision: Annotated[
+        TimestepName, option(panel=MACHINE, help="model: rounded to its dtype, as released; fp32: exact.")
+    ] = TimestepName.model
+    tile: Annotated[
+        int, option("--tile", panel=MACHINE, min=0, help="VAE tile side in pixels, a multiple of 32; 0 is untiled.")
+    ] = 0
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    output: Annotated[
+        Path | None,
+        option(
+            "--output", "-o", panel=VIDEO,
+            help="FILE.mp4 (.mov, .mkv), a folder for PNG frames, or FILE.safetensors for latents."
+            " Default: the next free outputs/TASK-0001.mp4.",
+        ),
+    ] = None  # fmt: skip
+    overwrite: Annotated[bool, option("--overwrite", panel=VIDEO, help="Replace an existing output.")] = False
+    frame_rate: Annotated[
+        float | None, option("--frame-rate", panel=VIDEO, min=0.1, help="Played frames per second; the model's own.")
+    ] = None
+    crf: Annotated[
+        float | None, option("--crf", panel=VIDEO, min=0, max=51, help="H.264 quality, lower is better; 18, refine 10.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    negative_prompt: Annotated[
+        str | None, option("--negative-prompt", "-n", panel=PROMPT, help="Default: the released demos' text.")
+    ] = None
+    seed: Annotated[int | None, option("--seed", panel=SAMPLING, min=0, help="Default: a random one, printed.")] = None
+    steps: Annotated[
+        int | None, option("--steps", panel=SAMPLING, min=1, help="Denoising steps; base 50, distilled 16.")
+    ] = None
+    guidance: Annotated[
+        float | None, option("--guidance", "-g", panel=SAMPLING, min=0, help="Guidance scale; base 4, distilled 1.")
+    ] = None
+    schedule: Annotated[
+        ScheduleName, option("--schedule", panel=SAMPLING, help="distilled: 16 steps with the model's distill LoRA.")
+    ] = ScheduleName.base
+    height: Annotated[
+        int | None, option("--height", panel=SAMPLING, help="Pixels, a multiple of 16; by aspect bucket otherwise.")
+    ] = None
+    width: Annotated[int | None, option("--width", panel=SAMPLING, help="Pixels, a multiple of 16.")] = None
+    frames: Annotated[
+        int | None, option("--frames", "-f", panel=SAMPLING, help="Frames of a clip or segment: 4k+1; 93.")
+    ] = None
+    cfg_scope: Annotated[
+        ScopeName, option("--cfg-scope", panel=SAMPLING, help="Frames the guidance scale is taken over; all: official.")
+    ] = ScopeName.noise
+    cfg_mode: Annotated[
+        CfgModeName, option("--cfg-mode", panel=SAMPLING, help="Two passes one by one (less memory) or in a batch.")
+    ] = CfgModeName.sequential
+
+
+@dataclass(frozen=True)
+class ConditionOptions:
+    fit: Annotated[
+        FitName, option("--fit", panel=CONDITION, help="How pictures meet the video's size; stretch: official.")
+    ] = FitName.crop
+    posterior: Annotated[
+        PosteriorName, option("--posterior", panel=CONDITION, help="VAE mean, or a sample of it as officially.")
+    ] = PosteriorName.mode
+
+
+@dataclass(frozen=True)
+class ContinueOptions:
+    cond_frames: Annotated[
+        int | None, option("--cond-frames", panel=CONDITION, help="Frames of the clip that the model sees: 4k+1; 13.")
+    ] = None
+    keep: Annotated[
+        KeepName, option("--keep", panel=VIDEO, help="all: the clip and what is new; new: only that.")
+    ] = KeepName.all
+    uniform_tail: Annotated[
+        bool, option("--uniform-tail/--no-uniform-tail", panel=SAMPLING, help="End in ten equal steps, as released.")
+    ] = True
+    kv_cache: Annotated[
+        bool, option("--kv-cache/--no-kv-cache", panel=MACHINE, help="Run condition frames once; exact.")
+    ] = True
+
+
+def takes(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of these dataclasses; it receives one filled dataclass per name."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
+        hints = get_type_hints(command, include_extras=True)
+        parameters = [p.replace(annotation=hints[p.name]) for p in own]
+        for group in groups.values():
+            types = get_type_hints(group, include_extras=True)
+            parameters += [
+                inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=types[f.name])
+                for f in dataclasses.fields(group)
+            ]
+
+        @functools.wraps(command)
+        def wrapper(**values: Any) -> None:
+            filled = {
+                name: group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})
+                for name, group in groups.items()
+            }
+            command(**values, **filled)
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+        return wrapper
+
+    return decorate

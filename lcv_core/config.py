@@ -7,9 +7,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from lcv_core.errors import CheckpointError, InputError
+from lcv_core.names import TimestepPrecision, check_name
 
 # Per-channel statistics of the Wan 2.1 latent space: what the DiT sees is (z - mean) / std.
 LATENTS_MEAN = (
@@ -124,7 +125,7 @@ class DiTConfig:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     text_tokens_zero_pad: bool = True
     bsa: BSAConfig = field(default_factory=BSAConfig)
-    timestep_precision: Literal["model", "fp32"] = "model"
+    timestep_precision: TimestepPrecision = "model"
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "out_channels", "hidden_size", "depth", "num_heads", "caption_channels",
@@ -145,10 +146,7 @@ class DiTConfig:
             f"DiT config: head_dim {self.head_dim} (hidden_size / num_heads) must be a multiple of 8 for 3-D rope",
         )
         _need(self.frequency_embedding_size % 2 == 0, "DiT config: frequency_embedding_size must be even")
-        _need(
-            self.timestep_precision in ("model", "fp32"),
-            f'timestep_precision must be "model" or "fp32", got {self.timestep_precision!r}',
-        )
+        check_name("timestep_precision", self.timestep_precision, TimestepPrecision)
 
     @property
     def head_dim(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,11 +14,9 @@ from lcv_core.dit.block import KV
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.errors import InputError, NumericalError
 from lcv_core.guidance import cfg_zero
+from lcv_core.names import CfgMode, CfgScope, check_name
 from lcv_core.schedule import NUM_TRAIN_TIMESTEPS, euler_step
 from lcv_core.text.encoder import TextStates
-
-CfgScope = Literal["noise", "all"]
-CfgMode = Literal["sequential", "batched"]
 
 
 @dataclass(frozen=True)
@@ -65,10 +63,8 @@ class Guidance:
     mode: CfgMode = "sequential"
 
     def __post_init__(self) -> None:
-        if self.scope not in ("noise", "all"):
-            raise InputError(f'cfg_scope must be "noise" or "all", got {self.scope!r}')
-        if self.mode not in ("sequential", "batched"):
-            raise InputError(f'cfg_mode must be "sequential" or "batched", got {self.mode!r}')
+        check_name("cfg_scope", self.scope, CfgScope)
+        check_name("cfg_mode", self.mode, CfgMode)
         if self.active and self.negative is None:
             raise InputError(f"guidance_scale {self.scale:g} needs a negative text; pass one or set guidance_scale=1")
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,8 +23,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from lcv_core.errors import InputError, NumericalError
-
-Fit = Literal["stretch", "crop", "pad"]
+from lcv_core.names import Fit, check_name
 
 SETTINGS_KEY = "lcv"
 VIDEO_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}  # extension of a written video -> FFmpeg's muxer
@@ -166,8 +165,7 @@ def resize_frames(frames: Tensor | np.ndarray, height: int, width: int, *, fit: 
     fit: "stretch" ignores the aspect ratio; "crop" fills the size and cuts what sticks out, centred; "pad" fits inside
         and adds black bars, centred.
     """
-    if fit not in ("stretch", "crop", "pad"):
-        raise InputError(f'fit must be "stretch", "crop" or "pad", got {fit!r}')
+    check_name("fit", fit, Fit)
     if height < 1 or width < 1:
         raise InputError(f"the size to resize to must be positive, got {width}x{height}")
     tensor = _to_tensor(frames)

@@ -10,17 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lcv_core.errors import InputError
+from lcv_core.names import TimeMapping, check_name
 from lcv_core.shapes import REFINE_LATENT_GROUP, TIME_FACTOR, ceil_to, num_pixel_frames
 from lcv_core.vae.model import frame_chunks
-
-TimeMapping = Literal["stretch", "exact"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,7 @@ class RefinePlan:
 
 def frames_after(frames_in: int, *, spatial_only: bool, time_mapping: TimeMapping) -> int:
     """F' of F stage-1 frames."""
-    if time_mapping not in ("stretch", "exact"):
-        raise InputError(f'time_mapping must be "stretch" or "exact", got {time_mapping!r}')
+    check_name("time_mapping", time_mapping, TimeMapping)
     if spatial_only:
         return frames_in
     return 2 * frames_in if time_mapping == "stretch" else 2 * frames_in - 1

@@ -29,7 +29,6 @@ from lcv_core.frame_times import exact_rate, resample, rounding_slack, screen_ti
 from lcv_core.image_io import (
     SETTINGS_KEY,
     VIDEO_FORMATS,
-    Fit,
     check_writable,
     frames_to_uint8,
     read_png_metadata,
@@ -43,6 +42,7 @@ from lcv_core.image_io import (
     turn_picture,
     write_error,
 )
+from lcv_core.names import Fit
 
 if TYPE_CHECKING:
     from av.container import InputContainer, OutputContainer

@@ -14,21 +14,18 @@ from lcv_core.cli.options import (
     CONDITION,
     PROMPT,
     SAMPLING,
-    VIDEO,
     ConditionOptions,
     ContinueOptions,
-    HandoverName,
-    JointName,
     MachineOptions,
-    MappingName,
     ModelOptions,
     OutputOptions,
     SamplingOptions,
-    SparsityName,
+    TimeMappingOrAuto,
     option,
     takes,
 )
 from lcv_core.errors import InputError
+from lcv_core.names import Handover, Joint, RefineAttention
 
 app = typer.Typer(
     name="lcv",
@@ -110,15 +107,15 @@ def long(
     image: Image = None,
     clip: Annotated[Path | None, option("--clip", "-c", panel=CONDITION, help="Start by continuing this clip.")] = None,
     handover: Annotated[
-        HandoverName, option("--handover", panel=SAMPLING, help="What a segment sees of the one before.")
-    ] = HandoverName.frames,
+        Handover, option("--handover", panel=SAMPLING, help="What a segment sees of the one before.")
+    ] = "frames",
 ) -> None:  # fmt: skip
-    """Make a long video, segment by segment, with one prompt or one per segment. Killed runs go on where they stopped."""
+    """Make a long video by segments, with one prompt or one each. A killed run goes on where it stopped."""
     if image is not None and clip is not None:
         raise InputError("start a long video from --image or from --clip, not both")
     job = _job(
         "long", model, machine, output, sampling, condition, cont, prompts=_prompts(prompt), num_segments=segments,
-        image=image, clip=clip, handover=handover.value,
+        image=image, clip=clip, handover=handover,
     )  # fmt: skip
     _run(job, output, machine)
 
@@ -146,15 +143,15 @@ def refine(
         int | None, option("--steps", panel=SAMPLING, min=1, help="Refine steps; 5 as released.")
     ] = None,
     time_mapping: Annotated[
-        MappingName, option("--time-mapping", panel=SAMPLING, help="auto: stretch for one window, exact for more.")
-    ] = MappingName.auto,
-    joint: Annotated[JointName, option("--joint", panel=SAMPLING, help="How windows meet.")] = JointName.blend,
+        TimeMappingOrAuto, option("--time-mapping", panel=SAMPLING, help="auto: stretch for one window, else exact.")
+    ] = "auto",
+    joint: Annotated[Joint, option("--joint", panel=SAMPLING, help="How windows meet.")] = "blend",
     window: Annotated[
         int | None, option("--window", panel=SAMPLING, min=5, help="Frames refined at a time; 93.")
     ] = None,
     attention_pattern: Annotated[
-        SparsityName, option("--refine-attention", panel=SAMPLING, help="sparse: the model's block sparse settings.")
-    ] = SparsityName.sparse,
+        RefineAttention, option("--refine-attention", panel=SAMPLING, help="sparse: the model's block sparse settings.")
+    ] = "sparse",
     height: Annotated[int | None, option("--height", panel=SAMPLING, help="Pixels; by aspect bucket.")] = None,
     width: Annotated[int | None, option("--width", panel=SAMPLING, help="Pixels; by aspect bucket.")] = None,
     seed: Annotated[int | None, option("--seed", panel=SAMPLING, min=0, help="Default: a random one.")] = None,
@@ -165,8 +162,8 @@ def refine(
     job = _job(
         "refine", model, machine, output, None, condition, prompts=prompt or [_prompt_of(clip)], clip=clip,
         image=image, cond_video=video, num_cond_frames=cond_frames, spatial_only=spatial_only, t_thresh=t_thresh,
-        refine_steps=steps, time_mapping=time_mapping.value, joint=joint.value, window=window,
-        refine_attention=attention_pattern.value, height=height, width=width, seed=seed,
+        refine_steps=steps, time_mapping=time_mapping, joint=joint, window=window,
+        refine_attention=attention_pattern, height=height, width=width, seed=seed,
     )  # fmt: skip
     _run(job, output, machine)
 
@@ -269,22 +266,22 @@ def _job(
         raise InputError("there is no model; name a checkpoint folder with --model (-m) or LCV_MODEL")
     values: dict[str, Any] = {
         "model": str(model.model), "loras": [_lora(text) for text in model.lora or []],
-        "attention": machine.attention, "dtype": machine.dtype.value, "tile": machine.tile,
-        "timestep_precision": machine.timestep_precision.value, "frame_rate": output.frame_rate, "crf": output.crf,
+        "attention": machine.attention, "dtype": machine.dtype, "tile": machine.tile,
+        "timestep_precision": machine.timestep_precision, "frame_rate": output.frame_rate, "crf": output.crf,
     }  # fmt: skip
     values |= {k: str(v) for k in ("vae", "text_encoder", "tokenizer") if (v := getattr(model, k)) is not None}
     if sampling is not None:
         values |= {
             "negative_prompt": sampling.negative_prompt, "seed": sampling.seed, "num_steps": sampling.steps,
-            "guidance_scale": sampling.guidance, "schedule": sampling.schedule.value, "height": sampling.height,
-            "width": sampling.width, "num_frames": sampling.frames, "cfg_scope": sampling.cfg_scope.value,
-            "cfg_mode": sampling.cfg_mode.value,
+            "guidance_scale": sampling.guidance, "schedule": sampling.schedule, "height": sampling.height,
+            "width": sampling.width, "num_frames": sampling.frames, "cfg_scope": sampling.cfg_scope,
+            "cfg_mode": sampling.cfg_mode,
         }  # fmt: skip
     if condition is not None:
-        values |= {"fit": condition.fit.value, "posterior": condition.posterior.value}
+        values |= {"fit": condition.fit, "posterior": condition.posterior}
     if cont is not None:
         values |= {
-            "num_cond_frames": cont.cond_frames, "keep": cont.keep.value, "uniform_tail": cont.uniform_tail,
+            "num_cond_frames": cont.cond_frames, "keep": cont.keep, "uniform_tail": cont.uniform_tail,
             "kv_cache": cont.kv_cache,
         }  # fmt: skip
     values |= own

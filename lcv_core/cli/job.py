@@ -11,9 +11,21 @@ from typing import Any, Literal, Self
 
 from lcv_core import __version__
 from lcv_core.errors import InputError
+from lcv_core.names import (
+    CfgMode,
+    CfgScope,
+    Fit,
+    Handover,
+    Joint,
+    Posterior,
+    Precision,
+    RefineAttention,
+    Schedule,
+    Task,
+    TimestepPrecision,
+)
 from lcv_core.partial import fingerprint
 
-Task = Literal["t2v", "i2v", "continue", "long", "refine"]
 FORMAT = 1
 
 
@@ -82,25 +94,25 @@ class Job:
     num_videos: int = 1
     num_steps: int | None = None
     guidance_scale: float | None = None
-    schedule: str = "base"
+    schedule: Schedule = "base"
     uniform_tail: bool = True
     kv_cache: bool = True
-    handover: str = "frames"
-    keep: str = "all"
-    fit: str = "crop"
-    posterior: str = "mode"
-    cfg_scope: str = "noise"
-    cfg_mode: str = "sequential"
+    handover: Handover = "frames"
+    keep: Literal["all", "new"] = "all"
+    fit: Fit = "crop"
+    posterior: Posterior = "mode"
+    cfg_scope: CfgScope = "noise"
+    cfg_mode: CfgMode = "sequential"
     t_thresh: float = 0.5
     refine_steps: int | None = None
     spatial_only: bool = False
-    time_mapping: str = "auto"
-    joint: str = "blend"
+    time_mapping: Literal["auto", "stretch", "exact"] = "auto"
+    joint: Joint = "blend"
     window: int | None = None
     attention: str = "auto"
-    refine_attention: str = "sparse"
-    dtype: str = "auto"
-    timestep_precision: str = "model"
+    refine_attention: RefineAttention = "sparse"
+    dtype: Precision = "auto"
+    timestep_precision: TimestepPrecision = "model"
     tile: int = 0
     frame_rate: float | None = None
     crf: float | None = None

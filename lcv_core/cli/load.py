@@ -31,7 +31,7 @@ SMALL_MODEL = 2_000_000_000  # parameters; up to here a CPU runs fp32
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is the GPU where there is one; InputError for a device this machine does not have."""
+    """ "auto" is the GPU where there is one; InputError for a device this machine does not have."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -46,7 +46,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    """"auto" is bf16 on a GPU and for models too big for fp32 on a CPU, else fp32."""
+    """ "auto" is bf16 on a GPU and for models too big for fp32 on a CPU, else fp32."""
     if name != "auto":
         return DTYPES[name]
     if device.type != "cpu":

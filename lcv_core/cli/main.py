@@ -78,4 +78,3 @@ def _explain(error: Exception) -> tuple[str, int]:
         )
     kind = type(error).__name__
     return f"unexpected {kind}: {error}\n     this is a bug; --debug shows where, please report it", FAILED
-

@@ -7,76 +7,15 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from lcv_core.names import CfgMode, CfgScope, Fit, Posterior, Precision, Schedule, TimestepPrecision
 
-class ScheduleName(StrEnum):
-    base = "base"
-    distilled = "distilled"
-
-
-class FitName(StrEnum):
-    crop = "crop"
-    pad = "pad"
-    stretch = "stretch"
-
-
-class ScopeName(StrEnum):
-    noise = "noise"
-    all = "all"
-
-
-class CfgModeName(StrEnum):
-    sequential = "sequential"
-    batched = "batched"
-
-
-class DtypeName(StrEnum):
-    auto = "auto"
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
-
-
-class TimestepName(StrEnum):
-    model = "model"
-    fp32 = "fp32"
-
-
-class HandoverName(StrEnum):
-    frames = "frames"
-    official = "official"
-    latents = "latents"
-
-
-class KeepName(StrEnum):
-    all = "all"
-    new = "new"
-
-
-class PosteriorName(StrEnum):
-    mode = "mode"
-    sample = "sample"
-
-
-class MappingName(StrEnum):
-    auto = "auto"
-    stretch = "stretch"
-    exact = "exact"
-
-
-class JointName(StrEnum):
-    blend = "blend"
-    cut = "cut"
-
-
-class SparsityName(StrEnum):
-    sparse = "sparse"
-    dense = "dense"
+Keep = Literal["all", "new"]
+TimeMappingOrAuto = Literal["auto", "stretch", "exact"]
 
 
 def option(*names: str, help: str, panel: str, **rest: Any) -> Any:
@@ -109,14 +48,14 @@ class ModelOptions:
 class MachineOptions:
     device: Annotated[str, option("--device", panel=MACHINE, help="auto, cpu, cuda, cuda:1, ...")] = "auto"
     dtype: Annotated[
-        DtypeName, option("--dtype", panel=MACHINE, help="auto: bf16 on a GPU and for big models, else fp32.")
-    ] = DtypeName.auto
+        Precision, option("--dtype", panel=MACHINE, help="auto: bf16 on a GPU and for big models, else fp32.")
+    ] = "auto"
     attention: Annotated[
         str, option("--attention", panel=MACHINE, help="auto, sdpa, flash2, flash3, sage, xformers or bsa.")
     ] = "auto"
     timestep_precision: Annotated[
-        TimestepName, option(panel=MACHINE, help="model: rounded to its dtype, as released; fp32: exact.")
-    ] = TimestepName.model
+        TimestepPrecision, option(panel=MACHINE, help="model: rounded to its dtype, as released; fp32: exact.")
+    ] = "model"
     tile: Annotated[
         int, option("--tile", panel=MACHINE, min=0, help="VAE tile side in pixels, a multiple of 32; 0 is untiled.")
     ] = 0
@@ -154,8 +93,8 @@ class SamplingOptions:
         float | None, option("--guidance", "-g", panel=SAMPLING, min=0, help="Guidance scale; base 4, distilled 1.")
     ] = None
     schedule: Annotated[
-        ScheduleName, option("--schedule", panel=SAMPLING, help="distilled: 16 steps with the model's distill LoRA.")
-    ] = ScheduleName.base
+        Schedule, option("--schedule", panel=SAMPLING, help="distilled: 16 steps with the model's distill LoRA.")
+    ] = "base"
     height: Annotated[
         int | None, option("--height", panel=SAMPLING, help="Pixels, a multiple of 16; by aspect bucket otherwise.")
     ] = None
@@ -164,21 +103,21 @@ class SamplingOptions:
         int | None, option("--frames", "-f", panel=SAMPLING, help="Frames of a clip or segment: 4k+1; 93.")
     ] = None
     cfg_scope: Annotated[
-        ScopeName, option("--cfg-scope", panel=SAMPLING, help="Frames the guidance scale is taken over; all: official.")
-    ] = ScopeName.noise
+        CfgScope, option("--cfg-scope", panel=SAMPLING, help="Frames the guidance scale is taken over; all: official.")
+    ] = "noise"
     cfg_mode: Annotated[
-        CfgModeName, option("--cfg-mode", panel=SAMPLING, help="Two passes one by one (less memory) or in a batch.")
-    ] = CfgModeName.sequential
+        CfgMode, option("--cfg-mode", panel=SAMPLING, help="Two passes one by one (less memory) or in a batch.")
+    ] = "sequential"
 
 
 @dataclass(frozen=True)
 class ConditionOptions:
     fit: Annotated[
-        FitName, option("--fit", panel=CONDITION, help="How pictures meet the video's size; stretch: official.")
-    ] = FitName.crop
+        Fit, option("--fit", panel=CONDITION, help="How pictures meet the video's size; stretch: official.")
+    ] = "crop"
     posterior: Annotated[
-        PosteriorName, option("--posterior", panel=CONDITION, help="VAE mean, or a sample of it as officially.")
-    ] = PosteriorName.mode
+        Posterior, option("--posterior", panel=CONDITION, help="VAE mean, or a sample of it as officially.")
+    ] = "mode"
 
 
 @dataclass(frozen=True)
@@ -186,9 +125,7 @@ class ContinueOptions:
     cond_frames: Annotated[
         int | None, option("--cond-frames", panel=CONDITION, help="Frames of the clip that the model sees: 4k+1; 13.")
     ] = None
-    keep: Annotated[
-        KeepName, option("--keep", panel=VIDEO, help="all: the clip and what is new; new: only that.")
-    ] = KeepName.all
+    keep: Annotated[Keep, option("--keep", panel=VIDEO, help="all: the clip and what is new; new: only that.")] = "all"
     uniform_tail: Annotated[
         bool, option("--uniform-tail/--no-uniform-tail", panel=SAMPLING, help="End in ten equal steps, as released.")
     ] = True

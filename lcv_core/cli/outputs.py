@@ -63,8 +63,8 @@ def kind_of(path: Path) -> Kind:
     if suffix == "" or path.is_dir():
         return "png"
     raise InputError(
-        f"cannot write {suffix} files; name the output {path.with_suffix('.mp4').name} for video,"
-        f" {path.with_suffix('').name} for a folder of PNG frames, or {path.with_suffix('.safetensors').name} for latents"
+        f"cannot write {suffix} files; use {path.with_suffix('.mp4').name} for video, {path.with_suffix('').name} for"
+        f" a folder of PNG frames, or {path.with_suffix('.safetensors').name} for latents"
     )
 
 

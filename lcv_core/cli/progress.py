@@ -54,8 +54,8 @@ class Reporter:
             self._bars.update(self._tasks[label], completed=done)  # type: ignore[arg-type]
         elif done == total or now - self._said.get(label, started) >= LOG_EVERY:
             self._said[label] = now
-            left = "" if first or done == total else f", {(now - started) / max(done - 1, 1) * (total - done):.0f} s left"
-            self.say(f"{label}: {done}/{total}{left}")
+            seconds = (now - started) / max(done - 1, 1) * (total - done)
+            self.say(f"{label}: {done}/{total}" + ("" if first or done == total else f", {seconds:.0f} s left"))
 
     def on_step(self, info: StepInfo, label: str = "Denoising") -> None:
         self.advance(label, info.step, info.num_steps)

@@ -133,9 +133,7 @@ def _source_frames(job: Job, frame_rate: float, size: tuple[int, int]) -> Iterat
 def _write_clip(session: Session, c: Components, target: Target, latents: Tensor, index: int) -> Path:
     """Video `index` of the batch, carrying the job that makes it alone."""
     job = session.job
-    own = dataclasses.replace(
-        job, prompts=[job.prompts[index // job.num_videos]], seed=job.seed + index, num_videos=1
-    )
+    own = dataclasses.replace(job, prompts=[job.prompts[index // job.num_videos]], seed=job.seed + index, num_videos=1)
     place = target.numbered(index, latents.shape[0])
     place = dataclasses.replace(place, metadata=own.to_metadata())
     mine = latents[index : index + 1]
@@ -186,7 +184,7 @@ def _run_long(session: Session, target: Target, stack: ExitStack) -> list[Path]:
     job, native, reporter = session.job, session.native, session.reporter
     target = dataclasses.replace(target, metadata=job.to_metadata())
     if target.kind == "latents" and job.handover != "latents":
-        raise InputError("a long video's segments are separate latents; write it as video or PNG, or --handover latents")
+        raise InputError("separate segments have no common latents; write video or PNG, or use --handover latents")
     start: dict[str, Any] = {}
     if job.clip is not None:
         size = _clip_size(session)
@@ -268,4 +266,3 @@ def _refine_condition(job: Job) -> dict[str, Any]:
         count = job.num_cond_frames or (13 if job.spatial_only else 26)
         return {"video": read_video(job.cond_video.resolve(), num_frames=count, which="last")}
     return {}
-

@@ -6,17 +6,18 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lcv_core import schedule as schedules
 from lcv_core.config import Native
-from lcv_core.denoise import CfgMode, CfgScope, Guidance, OnStep, Progress
+from lcv_core.denoise import Guidance, OnStep, Progress
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.errors import InputError
-from lcv_core.image_io import Fit, as_frames, resize_frames
+from lcv_core.image_io import as_frames, resize_frames
+from lcv_core.names import CfgMode, CfgScope, Fit, Output, Posterior, Schedule, check_name
 from lcv_core.shapes import REFINE_MULTIPLE, TIME_FACTOR, bucket, check_size, latent_shape, size_for_area
 from lcv_core.text.encoder import TextStates
 from lcv_core.vae.layers import StreamState
@@ -24,9 +25,6 @@ from lcv_core.vae.model import WanVAE
 from lcv_core.vae.tiling import Tile, Tiling, decode_stream_tiled, encode_tiled
 from lcv_core.weights.lora import load_lora
 
-Schedule = Literal["base", "distilled"]
-Output = Literal["frames", "latents"]
-Posterior = Literal["mode", "sample"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Text = TextStates | str | Sequence[str]
 
@@ -82,7 +80,6 @@ class Components:
         return self.vae
 
 
-
 def native_size(native: Native, height: int, width: int) -> tuple[int, int]:
     """(height, width) at the native scale whose aspect is nearest to a picture's: the official 480p bucket, or the
     16-pixel grid for a checkpoint of another scale."""
@@ -117,10 +114,8 @@ class Run:
         cls, *, num_steps: int | None, guidance_scale: float | None, schedule: Schedule, cfg_scope: CfgScope,
         cfg_mode: CfgMode, output: Output, on_step: OnStep | None, progress: Progress | None,
     ) -> Run:  # fmt: skip
-        if schedule not in SCHEDULE_DEFAULTS:
-            raise InputError(f'schedule must be "base" or "distilled", got {schedule!r}')
-        if output not in ("frames", "latents"):
-            raise InputError(f'output must be "frames" or "latents", got {output!r}')
+        check_name("schedule", schedule, Schedule)
+        check_name("output", output, Output)
         steps, scale = SCHEDULE_DEFAULTS[schedule]
         steps = steps if num_steps is None else num_steps
         scale = scale if guidance_scale is None else guidance_scale
@@ -245,10 +240,9 @@ def for_conditions(generator: Generators, conditions: int) -> Generators:
 
 
 def pick_posterior(mean: Tensor, logvar: Tensor, posterior: Posterior, generator: Generators) -> Tensor:
+    check_name("posterior", posterior, Posterior)
     if posterior == "mode":
         return mean
-    if posterior != "sample":
-        raise InputError(f'posterior must be "mode" or "sample", got {posterior!r}')
     return mean + torch.exp(0.5 * logvar) * draw_noise(mean.shape, generator).to(mean)
 
 

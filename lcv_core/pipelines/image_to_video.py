@@ -6,16 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lcv_core.denoise import CfgMode, CfgScope, OnStep, Progress, denoise
+from lcv_core.denoise import OnStep, Progress, denoise
 from lcv_core.errors import InputError
-from lcv_core.image_io import Fit, as_frames, resize_frames
+from lcv_core.image_io import as_frames, resize_frames
+from lcv_core.names import CfgMode, CfgScope, Fit, Output, Posterior, Schedule
 from lcv_core.pipelines.base import (
     Components,
     Generators,
-    Output,
-    Posterior,
     Run,
-    Schedule,
     Text,
     encode_frames,
     encode_text,

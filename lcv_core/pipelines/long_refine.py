@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from lcv_core.errors import InputError
+from lcv_core.names import Joint, TimeMapping, check_name
 from lcv_core.partial import SegmentStore
 from lcv_core.pipelines.base import Components, Text, encode_text, expand_text
 from lcv_core.pipelines.long_video import OnSegmentStep, Segment, segment_generator
 from lcv_core.pipelines.refine import condition_count, decode_refined, refine_video
-from lcv_core.refinement import TimeMapping, Window, crossfade, frames_after, plan_refine, plan_windows
+from lcv_core.refinement import Window, crossfade, frames_after, plan_refine, plan_windows
 
-Joint = Literal["blend", "cut"]
 ReadFrames = Callable[[int, int], Tensor]
 
 
@@ -51,8 +51,7 @@ def long_refine_segments(
     """
     window = c.native.num_frames if window is None else window
     overlap = min(c.native.num_cond_frames, window // 2) if overlap is None else overlap
-    if joint not in ("blend", "cut"):
-        raise InputError(f'joint must be "blend" or "cut", got {joint!r}')
+    check_name("joint", joint, Joint)
     if total_frames < 1:
         raise InputError("the clip to refine has no frames")
     if total_frames > window and not 0 < 2 * overlap <= window:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lcv_core.denoise import CfgMode, CfgScope, OnStep, Progress, StepInfo
+from lcv_core.denoise import OnStep, Progress, StepInfo
 from lcv_core.errors import InputError
-from lcv_core.image_io import Fit, as_frames
+from lcv_core.image_io import as_frames
+from lcv_core.names import CfgMode, CfgScope, Fit, Handover, Output, Posterior, Schedule, check_name
 from lcv_core.partial import SegmentStore
 from lcv_core.pipelines.base import (
     Components,
-    Output,
-    Posterior,
     Run,
-    Schedule,
     StreamingDecoder,
     Text,
     decode_latents,
@@ -36,7 +34,6 @@ from lcv_core.pipelines.text_to_video import text_to_video
 from lcv_core.shapes import check_cond_frames, check_size, num_latents
 from lcv_core.text.encoder import TextStates
 
-Handover = Literal["frames", "official", "latents"]
 OnSegmentStep = Callable[[int, StepInfo], None]
 
 
@@ -165,11 +162,10 @@ def long_video(c: Components, *, text: Text, output: Output = "frames", **option
 
     The result grows with the length; iterate over the segments to keep memory at one of them.
     """
+    check_name("output", output, Output)
     segments = list(long_video_segments(c, text=text, **options))
     if output == "frames":
         return torch.cat([s.frames for s in segments]).unsqueeze(0)
-    if output != "latents":
-        raise InputError(f'output must be "frames" or "latents", got {output!r}')
     new = [s.latents[:, :, -num_new_latents(s) :] for s in segments]
     return torch.cat(new, dim=2)
 
@@ -227,8 +223,7 @@ class _LongJob:
         return _per_segment(states, self.total, "negative prompts")
 
     def _make_handover(self, name: Handover) -> _FrameHandover | _LatentHandover:
-        if name not in ("frames", "official", "latents"):
-            raise InputError(f'handover must be "frames", "official" or "latents", got {name!r}')
+        check_name("handover", name, Handover)
         if name == "latents":
             return _LatentHandover(self.c, self.num_cond_frames)
         return _FrameHandover(self.c, self.num_cond_frames, quantise=name == "official")

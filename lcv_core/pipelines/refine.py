@@ -11,13 +11,12 @@ from lcv_core import schedule as schedules
 from lcv_core.config import BSAConfig
 from lcv_core.denoise import OnStep, Progress, denoise
 from lcv_core.errors import InputError
-from lcv_core.image_io import Fit, as_frames, resize_frames
+from lcv_core.image_io import as_frames, resize_frames
+from lcv_core.names import Fit, Output, Posterior, TimeMapping, check_name
 from lcv_core.pipelines.base import (
     REFINE_DEFAULT_STEPS,
     Components,
     Generators,
-    Output,
-    Posterior,
     Text,
     decode_latents,
     draw_noise,
@@ -29,7 +28,6 @@ from lcv_core.pipelines.base import (
 )
 from lcv_core.refinement import (
     RefinePlan,
-    TimeMapping,
     chunked,
     mix,
     padded_frames,
@@ -76,8 +74,7 @@ def refine_video(
     size: (height, width), multiples of 16; default is the 720p bucket (twice the native side for a smaller model).
     bsa: block sparse attention; None is dense. No guidance: the expert was trained without.
     """
-    if output not in ("frames", "latents"):
-        raise InputError(f'output must be "frames" or "latents", got {output!r}')
+    check_name("output", output, Output)
     clip = as_frames(frames)
     sigmas = refine_sigmas(c, t_thresh, num_steps, refine_steps)
     H, W = size or refined_size(c.native, *clip.shape[1:3])

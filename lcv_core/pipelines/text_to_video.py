@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lcv_core.denoise import CfgMode, CfgScope, OnStep, Progress, denoise
+from lcv_core.denoise import OnStep, Progress, denoise
+from lcv_core.names import CfgMode, CfgScope, Output, Schedule
 from lcv_core.pipelines.base import (
     Components,
     Generators,
-    Output,
     Run,
-    Schedule,
     Text,
     encode_text,
     finish,

@@ -1,0 +1,41 @@
+# `make demo` and `make test` are all there is to set up: each makes .venv, installs what the project pins, and runs.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := outputs/demo
+MODEL := $(DEMO)/mini
+
+.PHONY: demo test lint check bench clean
+
+demo: .venv/installed
+	rm -rf $(DEMO)
+	$(BIN)/lcv init $(MODEL)
+	$(BIN)/lcv t2v -m $(MODEL) -p "a red ball moves left on a black background" --seed 1 --schedule distilled -o $(DEMO)/1-text.mp4
+	$(BIN)/lcv continue $(DEMO)/1-text.mp4 -m $(MODEL) -p "the red ball moves left" --seed 2 --schedule distilled -o $(DEMO)/2-continued.mp4
+	$(BIN)/lcv refine $(DEMO)/1-text.mp4 -m $(MODEL) --seed 3 -o $(DEMO)/3-refined.mp4
+	@echo "made $(DEMO)/1-text.mp4, 2-continued.mp4 and 3-refined.mp4 with random weights; they show that it runs"
+
+test: lint check
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd lcv_bsa && ../$(BIN)/ruff check . && ../$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+check: .venv/installed
+	$(BIN)/python -m pytest
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/core.py
+
+.venv/installed: pyproject.toml lcv_bsa/pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Python 3.11 to 3.13 is needed, $(PYTHON) is another; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "this Python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e ./lcv_bsa -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv outputs/demo

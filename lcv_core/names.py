@@ -1,0 +1,29 @@
+"""The choices that are made by name, each written once: pipelines check them, the command line offers them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from lcv_core.errors import InputError
+
+Task = Literal["t2v", "i2v", "continue", "long", "refine"]
+Schedule = Literal["base", "distilled"]
+CfgScope = Literal["noise", "all"]
+CfgMode = Literal["sequential", "batched"]
+Output = Literal["frames", "latents"]
+Fit = Literal["stretch", "crop", "pad"]
+Posterior = Literal["mode", "sample"]
+Handover = Literal["frames", "official", "latents"]
+TimeMapping = Literal["stretch", "exact"]
+Joint = Literal["blend", "cut"]
+TimestepPrecision = Literal["model", "fp32"]
+RefineAttention = Literal["sparse", "dense"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+def check_name(what: str, value: str, choices: Any) -> None:
+    """InputError unless `value` is one of the names of a Literal type above."""
+    names = get_args(choices)
+    if value not in names:
+        known = ", ".join(f'"{name}"' for name in names[:-1]) + f' or "{names[-1]}"'
+        raise InputError(f"{what} must be {known}, got {value!r}")

@@ -1,0 +1,22 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from lcv_core.weights.init import init_checkpoint
+
+# The models are tiny: more threads cost more than they bring, and a busy machine would stall them.
+torch.set_num_threads(1)
+settings.register_profile("project", deadline=None, max_examples=50)
+settings.load_profile("project")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny model in the official layout; read only."""
+    return init_checkpoint(tmp_path_factory.mktemp("models") / "tiny", "tiny")

@@ -35,18 +35,21 @@ def run(arguments: list[str]) -> int:
 
 
 def _invoke(arguments: list[str]) -> int:
-    import click
     import typer
 
     from lcv_core.cli.app import app
 
     try:
         result = typer.main.get_command(app).main(args=arguments, prog_name="lcv", standalone_mode=False)
-    except click.exceptions.Abort:
+    except typer.Abort:
         raise KeyboardInterrupt from None
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
+    except Exception as error:
+        # Usage errors print themselves. Their class is click's, which some releases of typer carry inside.
+        show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+        if show is None or code is None:
+            raise
+        show()
+        return code
     return result if isinstance(result, int) else 0
 
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lcv_core import video_io
+from lcv_core import image_io, video_io
 from lcv_core.errors import InputError
-from lcv_core.frame_times import exact_rate, resample, screen_times
 from lcv_core.image_io import write_png, write_png_sequence
 from lcv_core.video_io import (
     VideoWriter,
@@ -26,6 +25,7 @@ from lcv_core.video_io import (
     read_video,
     write_video,
 )
+from lcv_core.video_io.times import exact_rate, resample, screen_times
 
 BITS = 8
 
@@ -196,8 +196,8 @@ def test_read_first_last_all(clip):
 
 def test_last_frames_hold_no_more_than_asked(clip, monkeypatch):
     converted = []
-    convert = video_io._to_rgb
-    monkeypatch.setattr(video_io, "_to_rgb", lambda *a: converted.append(1) or convert(*a))
+    convert = video_io.read._to_rgb
+    monkeypatch.setattr(video_io.read, "_to_rgb", lambda *a: converted.append(1) or convert(*a))
     assert len(read_video(clip, num_frames=7, which="last")) == 7
     assert len(converted) == 7  # the other 113 frames were never turned into pictures
 
@@ -263,8 +263,8 @@ def test_rotation_falls_back_to_the_angle():
         def side_data(self):
             raise ValueError("99 is not a valid Type")
 
-    matrix = video_io._display_matrix(Frame())  # type: ignore[arg-type]
-    turned = video_io.turn_picture(corners().numpy(), matrix)
+    matrix = video_io.read._display_matrix(Frame())  # type: ignore[arg-type]
+    turned = image_io.turn_picture(corners().numpy(), matrix)
     assert np.array_equal(turned, np.rot90(corners().numpy()))
 
 

@@ -12,16 +12,18 @@ from lcv_core.config import BSAConfig
 from lcv_core.denoise import OnStep, Progress, denoise
 from lcv_core.errors import InputError
 from lcv_core.image_io import as_frames, resize_frames
-from lcv_core.names import Fit, Output, Posterior, TimeMapping, check_name
+from lcv_core.names import CfgMode, CfgScope, Fit, Output, Posterior, TimeMapping
 from lcv_core.pipelines.base import (
     REFINE_DEFAULT_STEPS,
     Components,
     Generators,
+    Run,
     Text,
     decode_latents,
     draw_noise,
     encode_frames,
     encode_text,
+    guidance,
     pick_posterior,
     refined_size,
     to_pixels,
@@ -42,6 +44,7 @@ def refine_video(
     *,
     text: Text,
     frames: Any,
+    negative_text: Text | None = None,
     image: Any = None,
     video: Any = None,
     num_cond_frames: int | None = None,
@@ -51,7 +54,12 @@ def refine_video(
     spatial_only: bool = False,
     time_mapping: TimeMapping = "stretch",
     size: tuple[int, int] | None = None,
+    height: int | None = None,
+    width: int | None = None,
     bsa: BSAConfig | None = None,
+    guidance_scale: float = 1.0,
+    cfg_scope: CfgScope = "noise",
+    cfg_mode: CfgMode = "sequential",
     noise: Tensor | None = None,
     generator: Generators = None,
     fit: Fit = "stretch",
@@ -71,19 +79,26 @@ def refine_video(
         refine_steps asks for that number itself.
     time_mapping: "stretch" gives 2F frames as the official pipeline, "exact" 2F - 1 of which every other one is at a
         source frame's time.
-    size: (height, width), multiples of 16; default is the 720p bucket (twice the native side for a smaller model).
-    bsa: block sparse attention; None is dense. No guidance: the expert was trained without.
+    size: (height, width), multiples of 16; or height and width each. The default is the 720p bucket (twice the native
+        side for a smaller model).
+    bsa: block sparse attention; None is dense.
+    guidance_scale: the expert was trained without guidance, so 1; above 1 it needs a negative_text.
     """
-    check_name("output", output, Output)
+    run = Run.of(
+        num_steps=num_steps, guidance_scale=guidance_scale, schedule="base", cfg_scope=cfg_scope, cfg_mode=cfg_mode,
+        output=output, on_step=on_step, progress=progress,
+    )  # fmt: skip
     clip = as_frames(frames)
-    sigmas = refine_sigmas(c, t_thresh, num_steps, refine_steps)
+    sigmas = refine_sigmas(c, t_thresh, run.num_steps, refine_steps)
     H, W = size or refined_size(c.native, *clip.shape[1:3])
+    H, W = height or H, width or W
     check_size(H, W)
     count = condition_count(image, video, num_cond_frames, spatial_only=spatial_only)
     plan = plan_refine(clip.shape[0], count, spatial_only=spatial_only, time_mapping=time_mapping)
     states = encode_text(c, text)
     if states.batch != 1:
         raise InputError(f"refine_video takes one prompt for its one clip, got {states.batch}")
+    guide = guidance(c, run, negative_text, batch=1)
     start = draw_noise((1, c.dit.config.in_channels, plan.latents, H // 8, W // 8), generator)
     if noise is not None:
         if noise.shape != start.shape:
@@ -95,8 +110,8 @@ def refine_video(
         x[:, :, : plan.cond_latents] = encode_frames(c, cond, posterior=posterior, generator=generator)
     with c.adapter("refinement"):
         latents = denoise(
-            c.dit, x, sigmas, text=states, num_cond_latents=plan.cond_latents, bsa=bsa,
-            on_step=on_step, progress=progress,
+            c.dit, x, sigmas, text=states, guidance=guide, num_cond_latents=plan.cond_latents, bsa=bsa,
+            on_step=run.on_step, progress=run.progress,
         )  # fmt: skip
     return latents.cpu() if output == "latents" else decode_refined(c, latents, plan)
 

@@ -235,7 +235,7 @@ def _prompt_of(clip: Path) -> str:
 
 def _metadata_of(file: Path) -> dict[str, Any]:
     from lcv_core.cli.outputs import read_latents_metadata
-    from lcv_core.image_io import settings_from_json
+    from lcv_core.files import settings_from_json
     from lcv_core.video_io import read_metadata
 
     if file.suffix == ".safetensors" and file.is_file():

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lcv_core.errors import InputError
-from lcv_core.image_io import PngSequenceWriter, check_writable, read_image, settings_to_json
+from lcv_core.files import check_writable, settings_to_json
+from lcv_core.image_io import PngSequenceWriter, read_image
 from lcv_core.partial import SegmentStore, save_atomic
 from lcv_core.video_io import VIDEO_FORMATS, VideoWriter, concat_videos
 

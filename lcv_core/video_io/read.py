@@ -23,15 +23,8 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from lcv_core.errors import InputError
-from lcv_core.image_io import (
-    SETTINGS_KEY,
-    read_png_metadata,
-    read_sequence_metadata,
-    require_file,
-    resize_frames,
-    settings_from_json,
-    turn_picture,
-)
+from lcv_core.files import SETTINGS_KEY, require_file, settings_from_json
+from lcv_core.image_io import read_png_metadata, read_sequence_metadata, resize_frames, turn_picture
 from lcv_core.names import Fit
 from lcv_core.video_io.colour import BT601, BT709, FULL_RANGE, TV_RANGE, UNSPECIFIED, reformat
 from lcv_core.video_io.times import exact_rate, resample, rounding_slack, screen_times

@@ -16,16 +16,16 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from lcv_core.errors import InputError
-from lcv_core.image_io import (
+from lcv_core.files import (
     SETTINGS_KEY,
     VIDEO_FORMATS,
     check_writable,
-    frames_to_uint8,
     replacing,
     settings_to_json,
     temporary_path,
     write_error,
 )
+from lcv_core.image_io import frames_to_uint8
 from lcv_core.video_io.colour import BT709, FULL_RANGE, TV_RANGE, reformat
 from lcv_core.video_io.read import as_fraction, open_video, stream_rate
 from lcv_core.video_io.times import exact_rate

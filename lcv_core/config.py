@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Self
 
 from lcv_core.errors import CheckpointError, InputError
 from lcv_core.names import TimestepPrecision, check_name
+from lcv_core.shapes import check_frames, check_size
 
 # Per-channel statistics of the Wan 2.1 latent space: what the DiT sees is (z - mean) / std.
 LATENTS_MEAN = (
@@ -50,6 +52,27 @@ def _need(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _need_counts(config: Any, what: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _need(_is_count(value), f"{what}: {name} must be a positive integer, got {value!r}")
+
+
+def _freeze(config: Any, *names: str) -> None:
+    """Lists as tuples. What is no list becomes a tuple of one, for the check of the length to find."""
+    for name in names:
+        value = getattr(config, name)
+        object.__setattr__(config, name, tuple(value) if isinstance(value, list | tuple) else (value,))
+
+
 @dataclass(frozen=True)
 class BSAConfig:
     """Block sparse attention: which key blocks each query block keeps.
@@ -66,20 +89,20 @@ class BSAConfig:
     cdf_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block_q", tuple(self.block_q))
-        object.__setattr__(self, "block_k", tuple(self.block_k))
+        _freeze(self, "block_q", "block_k")
         _need(
             self.sparsity is not None or self.cdf_threshold is not None,
             "BSAConfig needs sparsity, cdf_threshold or both",
         )
-        if self.sparsity is not None:
-            _need(0.0 <= self.sparsity < 1.0, f"BSA sparsity must be in [0, 1), got {self.sparsity}")
-        if self.cdf_threshold is not None:
-            _need(0.0 < self.cdf_threshold <= 1.0, f"BSA cdf_threshold must be in (0, 1], got {self.cdf_threshold}")
+        s, cdf = self.sparsity, self.cdf_threshold
+        if s is not None:
+            _need(_is_number(s) and 0.0 <= s < 1.0, f"BSA sparsity must be in [0, 1), got {s!r}")
+        if cdf is not None:
+            _need(_is_number(cdf) and 0.0 < cdf <= 1.0, f"BSA cdf_threshold must be in (0, 1], got {cdf!r}")
         for name in ("block_q", "block_k"):
             block = getattr(self, name)
             _need(
-                len(block) == 3 and all(isinstance(n, int) and n > 0 for n in block),
+                len(block) == 3 and all(map(_is_count, block)),
                 f"BSA {name} must be three positive token counts (time, height, width), got {block}",
             )
 
@@ -89,8 +112,8 @@ class BSAConfig:
         return cls(
             sparsity=params.get("sparsity"),
             cdf_threshold=params.get("cdf_threshold"),
-            block_q=tuple(params.get("chunk_3d_shape_q", (4, 4, 4))),
-            block_k=tuple(params.get("chunk_3d_shape_k", (4, 4, 4))),
+            block_q=params.get("chunk_3d_shape_q", (4, 4, 4)),
+            block_k=params.get("chunk_3d_shape_k", (4, 4, 4)),
         )
 
     def to_params(self) -> dict[str, Any]:
@@ -128,13 +151,21 @@ class DiTConfig:
     timestep_precision: TimestepPrecision = "model"
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "out_channels", "hidden_size", "depth", "num_heads", "caption_channels",
-                     "adaln_tembed_dim", "frequency_embedding_size"):  # fmt: skip
-            value = getattr(self, name)
-            _need(isinstance(value, int) and value > 0, f"DiT config: {name} must be a positive integer, got {value!r}")
-        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        _need_counts(
+            self, "DiT config", "in_channels", "out_channels", "hidden_size", "depth", "num_heads", "caption_channels",
+            "adaln_tembed_dim", "frequency_embedding_size",
+        )  # fmt: skip
+        _freeze(self, "patch_size")
         _need(
-            len(self.patch_size) == 3 and self.patch_size[0] == 1,
+            _is_number(self.mlp_ratio) and self.mlp_ratio > 0,
+            f"DiT config: mlp_ratio must be a positive number, got {self.mlp_ratio!r}",
+        )
+        _need(
+            isinstance(self.text_tokens_zero_pad, bool),
+            f"DiT config: text_tokens_zero_pad must be true or false, got {self.text_tokens_zero_pad!r}",
+        )
+        _need(
+            len(self.patch_size) == 3 and self.patch_size[0] == 1 and all(map(_is_count, self.patch_size)),
             f"DiT config: patch_size must be [1, p, p] (no patching in time), got {list(self.patch_size)}",
         )
         _need(
@@ -161,7 +192,7 @@ class DiTConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """From an official config object; unknown keys are ignored, another model's config is refused."""
-        name = data.get("_class_name", "LongCatVideoTransformer3DModel")
+        name = str(data.get("_class_name", "LongCatVideoTransformer3DModel"))
         if "Avatar" in name or "audio_window" in data or "audio_dim" in data:
             raise CheckpointError("this is a LongCat-Video-Avatar config; only the base LongCat-Video is supported")
         missing = [key for key in ("hidden_size", "depth", "num_heads") if key not in data]
@@ -172,8 +203,9 @@ class DiTConfig:
             )
         kwargs = _known_fields(cls, data)
         kwargs.pop("bsa", None)
-        if data.get("bsa_params"):
-            kwargs["bsa"] = BSAConfig.from_params(data["bsa_params"])
+        if params := data.get("bsa_params"):
+            _need(isinstance(params, Mapping), f"DiT config: bsa_params must be an object, got {params!r}")
+            kwargs["bsa"] = BSAConfig.from_params(params)
         return cls(**kwargs)
 
     @classmethod
@@ -207,17 +239,23 @@ class VAEConfig:
     latents_std: tuple[float, ...] = LATENTS_STD
 
     def __post_init__(self) -> None:
-        for name in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        _need(self.base_dim > 0 and self.base_dim % 2 == 0, f"VAE config: base_dim must be even, got {self.base_dim}")
+        _freeze(self, "dim_mult", "temperal_downsample", "latents_mean", "latents_std")
+        _need_counts(self, "VAE config", "base_dim", "z_dim", "num_res_blocks")
+        _need(self.base_dim % 2 == 0, f"VAE config: base_dim must be even, got {self.base_dim}")
         _need(
-            len(self.dim_mult) == 4 and tuple(self.temperal_downsample) == (False, True, True),
+            len(self.dim_mult) == 4
+            and all(map(_is_count, self.dim_mult))
+            and self.temperal_downsample == (False, True, True),
             "VAE config: only the Wan 2.1 layout is supported (four stages, temperal_downsample [false, true, true]);"
             f" got dim_mult {list(self.dim_mult)}, temperal_downsample {list(self.temperal_downsample)}",
         )
         _need(
             len(self.latents_mean) == len(self.latents_std) == self.z_dim,
             f"VAE config: latents_mean and latents_std need z_dim = {self.z_dim} entries each",
+        )
+        _need(
+            all(map(_is_number, self.latents_mean)) and all(_is_number(std) and std > 0 for std in self.latents_std),
+            "VAE config: latents_mean must be numbers and latents_std positive numbers",
         )
 
     @classmethod
@@ -253,6 +291,16 @@ class TextConfig:
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
 
+    def __post_init__(self) -> None:
+        _need_counts(
+            self, "text config", "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads",
+            "relative_attention_num_buckets", "relative_attention_max_distance",
+        )  # fmt: skip
+        _need(
+            _is_number(self.layer_norm_epsilon) and self.layer_norm_epsilon > 0,
+            f"text config: layer_norm_epsilon must be a positive number, got {self.layer_norm_epsilon!r}",
+        )
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         kind = data.get("model_type", "umt5")
@@ -287,6 +335,16 @@ class Native:
     num_frames: int = 93
     num_cond_frames: int = 13
     frame_rate: float = 15.0
+
+    def __post_init__(self) -> None:
+        _need_counts(self, "native sizes", "height", "width", "num_frames", "num_cond_frames")
+        check_size(self.height, self.width)
+        check_frames(self.num_frames)
+        check_frames(self.num_cond_frames, name="num_cond_frames")
+        _need(
+            _is_number(self.frame_rate) and self.frame_rate > 0,
+            f"native sizes: frame_rate must be a positive number, got {self.frame_rate!r}",
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

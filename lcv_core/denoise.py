@@ -149,7 +149,7 @@ def denoise(
     if guidance.negative is not None:
         guidance = Guidance(guidance.scale, guidance.negative.to(device), guidance.scope, guidance.mode)
     n_c = num_cond_latents
-    cache = dit.build_kv_cache(x[:, :, :n_c]) if use_kv_cache and n_c else None
+    cache = dit.build_kv_cache(x[:, :, :n_c], bsa) if use_kv_cache and n_c else None
     predict = _Predictor(dit, text, guidance, n_c, bsa, cache)
     done, x = progress.load(x) if progress else (0, x)
     num_steps, resumed = len(sigmas) - 1, done

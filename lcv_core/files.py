@@ -4,9 +4,11 @@ settings that travel inside outputs."""
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,6 +106,15 @@ def write_error(path: Path, error: OSError) -> InputError:
 def temporary_path(path: Path) -> Path:
     """A new hidden name beside `path`, on the same disk, so that a rename publishes the finished work at once."""
     return path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed runs left beside `path` under names of `temporary_path`."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name[:100])}.{'[0-9a-f]' * 8}.part"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -303,7 +303,10 @@ class PngSequenceWriter:
         try:
             if self.num_frames == 0:
                 raise InputError(f"no frames were written to {self.path}")
-            self.path.mkdir(exist_ok=True)
+            if not self.path.exists():
+                # At once, so that a killed run leaves the whole sequence or none of it.
+                self._temporary.replace(self.path)
+                return
             for file in sorted(self._temporary.iterdir()):
                 file.replace(self.path / file.name)
             for file in self.path.glob("frame_*.png"):

@@ -5,45 +5,78 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from lcv_core.config import read_json
 from lcv_core.errors import InputError
+from lcv_core.files import replacing, write_error
+
+if TYPE_CHECKING:  # the command line looks for unfinished work before it pays for torch
+    from torch import Tensor
 
 log = logging.getLogger("lcv_core")
+
+OnResume = Callable[[int, Path], None]
+
+_JOB_FILE = "job.json"
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
     """A short hash of JSON-able settings: two runs with the same one compute the same thing."""
-    text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def save_atomic(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file so that it is either the old one, the new one or absent, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=dict(metadata))
-    temporary.replace(path)
+    """Write a safetensors file so that it is either the old one, the new one or absent, never half of one.
+
+    InputError when the disk does not take it.
+    """
+    from safetensors.torch import save
+
+    # Not save_file: its files are readable by their owner alone, whatever the umask says.
+    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata=dict(metadata))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(path, error) from error
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_note(path: Path) -> str | None:
+    """The note in unfinished work, a partial run's file or a segments folder; None when there is none to read."""
+    try:
+        if path.is_dir():
+            note = read_json(path / _JOB_FILE).get("note")
+            return note if isinstance(note, str) else None
+        if path.is_file():
+            with safe_open(path, "np") as file:
+                return (file.metadata() or {}).get("note")
+    except (InputError, SafetensorError, OSError):
+        return None
+    return None
 
 
 class PartialRun:
     """The unfinished latents of one job in one file; a `denoise.Progress`.
 
-    key: `fingerprint` of the job's settings; a file of another job is ignored.
+    key: `fingerprint` of the job's settings; a file of another job is not resumed, and replaced at the first save.
+    note: text stored beside the latents, for `read_note`.
     every: seconds between saves while it runs (it is saved in any case when the run is interrupted).
+    on_resume: called with the steps already done and the file when there is something to go on from.
     """
 
-    def __init__(self, path: str | Path, key: str, *, every: float = 120.0) -> None:
-        self.path, self.key, self.every = Path(path), key, every
+    def __init__(
+        self, path: str | Path, key: str, *, note: str = "", every: float = 120.0, on_resume: OnResume | None = None
+    ) -> None:
+        self.path, self.key, self.note, self.every, self.on_resume = Path(path), key, note, every, on_resume
         self._saved_at = time.monotonic()
 
     def load(self, latents: Tensor) -> tuple[int, Tensor]:
@@ -53,18 +86,20 @@ class PartialRun:
         try:
             with safe_open(self.path, "pt") as file:
                 metadata, saved = file.metadata() or {}, file.get_tensor("latents")
-        except (SafetensorError, OSError) as error:
+            step = int(metadata.get("step", ""))
+        except (SafetensorError, OSError, ValueError) as error:
             log.warning("ignoring the unreadable partial run %s (%s)", self.path, error)
             return 0, latents
         if metadata.get("key") != self.key or saved.shape != latents.shape:
             log.warning("%s belongs to a run with other settings; starting afresh", self.path)
             return 0, latents
-        step = int(metadata["step"])
-        log.info("resuming after step %d from %s", step, self.path)
+        if self.on_resume:
+            self.on_resume(step, self.path)
         return step, saved.to(latents)
 
     def save(self, step: int, latents: Tensor) -> None:
-        save_atomic(self.path, {"latents": latents.to(torch.float32)}, {"key": self.key, "step": str(step)})
+        metadata = {"key": self.key, "step": str(step), "note": self.note}
+        save_atomic(self.path, {"latents": latents.float()}, metadata)
         self._saved_at = time.monotonic()
 
     def tick(self, step: int, latents: Tensor) -> None:
@@ -80,22 +115,53 @@ class PartialRun:
 class SegmentStore:
     """The finished segments of a long job, as latents, in one folder; an interrupted job goes on from them.
 
-    key: `fingerprint` of the job's settings. A folder that holds another job is refused, so that nothing is lost.
+    key: `fingerprint` of the job's settings. A folder that holds another job's segments, or anything that is not a
+    job's, is refused, so that nothing is lost; with overwrite another job's are discarded. note, on_resume: as in
+    `PartialRun`.
     """
 
-    def __init__(self, folder: str | Path, key: str) -> None:
-        self.folder, self.key = Path(folder), key
-        job = self.folder / "job.json"
-        if job.is_file():
-            found = read_json(job).get("key")
-            if found != key:
+    def __init__(
+        self,
+        folder: str | Path,
+        key: str,
+        *,
+        note: str = "",
+        overwrite: bool = False,
+        on_resume: OnResume | None = None,
+    ) -> None:
+        self.folder, self.key, self.on_resume = Path(folder), key, on_resume
+        job = self.folder / _JOB_FILE
+        if self._holds_other_work():
+            if not (overwrite and job.is_file()):
                 raise InputError(
-                    f"{self.folder} holds the segments of a job with other settings; repeat that job's settings to"
-                    " finish it, or delete the folder or name another one"
+                    f"{self.folder} holds the segments of a job with other settings; repeat that job's command to"
+                    " finish it, or delete the folder or choose another output"
                 )
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        job.write_text(json.dumps({"key": key}))
+            log.warning("discarding %s, the unfinished work of another job", self.folder)
+            self.remove()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.folder, error) from error
+        with replacing(job) as temporary:
+            temporary.write_text(json.dumps({"key": key, "note": note}), encoding="utf-8")
+
+    def _holds_other_work(self) -> bool:
+        try:
+            if self._is_empty():
+                return False
+        except OSError as error:
+            raise write_error(self.folder, error) from error
+        try:
+            return read_json(self.folder / _JOB_FILE).get("key") != self.key
+        except InputError:
+            return True
+
+    def _is_empty(self) -> bool:
+        """Whether no work is in the folder, or no folder there."""
+        if not self.folder.exists():
+            return True
+        return all(path.name == _JOB_FILE or _is_leftover(path) for path in self.folder.iterdir())
 
     def path(self, index: int, suffix: str = ".safetensors") -> Path:
         """Where segment `index` (from 0) keeps its file of this kind."""
@@ -114,16 +180,39 @@ class SegmentStore:
             return None
 
     def save(self, index: int, latents: Tensor) -> None:
-        save_atomic(self.path(index), {"latents": latents.to(torch.float32)}, {"key": self.key})
+        save_atomic(self.path(index), {"latents": latents.float()}, {"key": self.key})
         self.progress(index).clear()
 
     def progress(self, index: int) -> PartialRun:
         """Where the segment keeps its latents between steps."""
-        return PartialRun(self.path(index, ".partial.safetensors"), f"{self.key}-{index}")
+        path = self.path(index, ".partial.safetensors")
+        return PartialRun(path, f"{self.key}-{index}", on_resume=self.on_resume)
 
     def finished(self) -> int:
-        """Segments finished without a gap, from the first."""
+        """Segments finished without a gap, from the first; one that a power cut left unreadable is a gap."""
         count = 0
-        while self.path(count).is_file():
+        while _is_readable(self.path(count)):
             count += 1
         return count
+
+    def remove(self) -> None:
+        """Delete the folder and all in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def remove_if_empty(self) -> None:
+        """Delete the folder when no work is in it."""
+        if self._is_empty():
+            self.remove()
+
+
+def _is_leftover(path: Path) -> bool:
+    """A temporary file of a killed run (see `files.temporary_path`)."""
+    return path.name.startswith(".") and path.suffix == ".part"
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        with safe_open(path, "np") as file:
+            return "latents" in file.keys()  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError):
+        return False

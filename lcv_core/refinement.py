@@ -64,7 +64,11 @@ def frames_after(frames_in: int, *, spatial_only: bool, time_mapping: TimeMappin
 def plan_refine(
     frames_in: int, cond_frames: int = 0, *, spatial_only: bool = False, time_mapping: TimeMapping = "stretch"
 ) -> RefinePlan:
-    """The padding rule of the released pipeline: both parts of the latent clip are multiples of 4 frames."""
+    """The padding rule of the released pipeline: both parts of the latent clip are multiples of 4 frames.
+
+    Where nothing is given and the released rule would have the VAE drop frames of the clip itself (F' mod 16 of 14, 15
+    or 0), four more latents make room for them.
+    """
     if frames_in < 1:
         raise InputError("the clip to refine has no frames")
     out = frames_after(frames_in, spatial_only=spatial_only, time_mapping=time_mapping)
@@ -74,7 +78,8 @@ def plan_refine(
     group = REFINE_LATENT_GROUP
     n_c = ceil_to(1 + math.ceil((c - 1) / TIME_FACTOR), group) if c else 0
     front = num_pixel_frames(n_c) - c if c else 0
-    n_n = ceil_to(math.ceil((out - c) / TIME_FACTOR), group)
+    alone = 0 if c else TIME_FACTOR - 1  # the first latent of all is one pixel frame
+    n_n = ceil_to(math.ceil((out - c + alone) / TIME_FACTOR), group)
     return RefinePlan(frames_in, out, c, n_c, n_n, front, TIME_FACTOR * n_n - (out - c))
 
 

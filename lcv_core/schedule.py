@@ -27,7 +27,7 @@ def shift_sigmas(s: Tensor, flow_shift: float = FLOW_SHIFT) -> Tensor:
     """flow_shift * s / (1 + (flow_shift - 1) * s) in fp32; values above 1 move the steps towards high noise."""
     if flow_shift <= 0:
         raise InputError(f"flow_shift must be positive, got {flow_shift}; the released model uses {FLOW_SHIFT:g}")
-    return flow_shift * s / (1 + (flow_shift - 1) * s)
+    return (flow_shift * s / (1 + (flow_shift - 1) * s)).clamp(max=1.0)  # rounding may give 1.0000001 for s = 1
 
 
 def _end_in_zero(sigmas: Tensor) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from lcv_core import __version__
+from lcv_core.cli.job import InputFile, Job, Lora, TimeMappingOrAuto, file_hash
 from lcv_core.cli.options import (
     CONDITION,
     PROMPT,
@@ -20,7 +23,6 @@ from lcv_core.cli.options import (
     ModelOptions,
     OutputOptions,
     SamplingOptions,
-    TimeMappingOrAuto,
     option,
     takes,
 )
@@ -47,6 +49,28 @@ NumVideos = Annotated[int, option("--num-videos", panel=SAMPLING, min=1, help="V
 Clip = Annotated[Path, typer.Argument(help="Video file: anything FFmpeg reads, at any frame rate.")]
 
 
+RANDOM = -1  # the seed of a job whose seed was not named
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lcv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def lcv(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Say more, and show where an error came from. Goes anywhere in the command.")
+    ] = False,
+) -> None:
+    # --debug is taken out of the arguments before they get here (see main); it stands here to be found.
+    pass
+
+
 def example(*lines: str) -> str:
     return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"  {line}" for line in lines)
 
@@ -59,7 +83,7 @@ def t2v(
 ) -> None:
     """Make a video from text."""
     job = _job("t2v", model, machine, output, sampling, prompts=_prompts(prompt), num_videos=num_videos)
-    _run(job, output, machine)
+    _run(job, output, machine.device)
 
 
 @app.command(epilog=example("lcv i2v -m MODEL -i girl.png -p 'she turns her head and smiles' -o girl.mp4"))
@@ -75,7 +99,7 @@ def i2v(
     job = _job(
         "i2v", model, machine, output, sampling, condition, prompts=_prompts(prompt), num_videos=num_videos, image=image
     )
-    _run(job, output, machine)
+    _run(job, output, machine.device)
 
 
 @app.command("continue", epilog=example("lcv continue clip.mp4 -m MODEL -p 'the motorcycle drives on' -o longer.mp4"))
@@ -90,7 +114,7 @@ def continue_(
         "continue", model, machine, output, sampling, condition, cont, prompts=_prompts(prompt),
         num_videos=num_videos, clip=clip,
     )  # fmt: skip
-    _run(job, output, machine)
+    _run(job, output, machine.device)
 
 
 @app.command(epilog=example("lcv long -m MODEL -p 'a train crosses a bridge' --segments 11 -o minute.mp4",
@@ -117,7 +141,7 @@ def long(
         "long", model, machine, output, sampling, condition, cont, prompts=_prompts(prompt), num_segments=segments,
         image=image, clip=clip, handover=handover,
     )  # fmt: skip
-    _run(job, output, machine)
+    _run(job, output, machine.device)
 
 
 @app.command(epilog=example("lcv refine clip.mp4 -m MODEL -o clip-720p.mp4",
@@ -165,10 +189,10 @@ def refine(
         refine_steps=steps, time_mapping=time_mapping, joint=joint, window=window,
         refine_attention=attention_pattern, height=height, width=width, seed=seed,
     )  # fmt: skip
-    _run(job, output, machine)
+    _run(job, output, machine.device)
 
 
-@app.command(epilog=example("lcv rerun cat.mp4 -m MODEL -o again.mp4"))
+@app.command(epilog=example("lcv rerun cat.mp4", "lcv rerun cat.mp4 -m MODEL -o again.mp4"))
 @takes(output=OutputOptions)
 def rerun(
     file: Annotated[Path, typer.Argument(help="Any output of lcv: video, PNG, folder of PNGs, latents.")],
@@ -177,15 +201,12 @@ def rerun(
     device: Annotated[str, option("--device", panel="Machine", help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Repeat the job that made a file, from the settings it carries."""
-    from lcv_core.cli.job import Job
+    from lcv_core.cli.outputs import read_settings
 
-    job = Job.from_metadata(_metadata_of(file), file)
+    job = Job.from_metadata(read_settings(file), file)
     changes = {k: v for k in ("frame_rate", "crf") if (v := getattr(output, k)) is not None}
     job = dataclasses.replace(job, model=str(model or job.model), **changes)
-    found = _model_hash(job)
-    if found != job.model_hash:
-        raise InputError(f"{job.model} is not the model of {file} (hash {found}, made with {job.model_hash})")
-    _run(job, output, MachineOptions(device=device))
+    _run(job, output, device, made_by=file)
 
 
 @app.command(epilog=example("lcv inspect models/LongCat-Video", "lcv inspect some-lora.safetensors --json"))
@@ -207,7 +228,9 @@ def inspect(
 @app.command(epilog=example("lcv init models/mini", "lcv init --preset tiny models/tiny"))
 def init(
     folder: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],
-    preset: Annotated[str, typer.Option("--preset", help="mini or tiny.")] = "mini",
+    preset: Annotated[
+        Literal["mini", "tiny"], typer.Option("--preset", help="mini: a minute makes a clip. tiny: seconds, for tests.")
+    ] = "mini",
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
 ) -> None:
@@ -215,7 +238,7 @@ def init(
     from lcv_core.weights.init import init_checkpoint
 
     init_checkpoint(folder, preset, seed=seed, overwrite=overwrite)
-    Console(stderr=True).print(f"wrote {folder}; its weights are random: it shows that things run, not pictures")
+    typer.echo(f"wrote {folder}; its weights are random: it shows that things run, not pictures", err=True)
 
 
 def _prompts(prompt: list[str] | None) -> list[str]:
@@ -228,40 +251,18 @@ def _prompt_of(clip: Path) -> str:
     """The prompt that a clip of lcv's was made with; nothing for any other."""
     from lcv_core.video_io import read_metadata
 
-    data = read_metadata(clip) or {}
-    prompts = data.get("job", {}).get("prompts", [])
+    try:
+        prompts = Job.from_metadata(read_metadata(clip) or {}, clip).prompts
+    except InputError:  # not ours; whether it is a video is found out where it is read
+        return ""
     return prompts[0] if prompts else ""
-
-
-def _metadata_of(file: Path) -> dict[str, Any]:
-    from lcv_core.cli.outputs import read_latents_metadata
-    from lcv_core.files import settings_from_json
-    from lcv_core.video_io import read_metadata
-
-    if file.suffix == ".safetensors" and file.is_file():
-        text = read_latents_metadata(file)
-        data = settings_from_json(text, file) if text else None
-    else:
-        data = read_metadata(file)
-    if data is None:
-        raise InputError(f"{file} carries no settings; only files made by lcv do")
-    return data
-
-
-def _model_hash(job: Any) -> str:
-    from lcv_core.weights.checkpoint import open_checkpoint
-
-    return open_checkpoint(job.model).fingerprint()
 
 
 def _job(
     task: Any, model: Any, machine: Any, output: Any, sampling: Any = None, condition: Any = None,
     cont: Any = None, **own: Any,
-) -> Any:  # fmt: skip
-    """The options of a command as a Job; names the model and hashes what it reads."""
-    from lcv_core.cli.job import InputFile, Job
-    from lcv_core.cli.run import random_seed
-
+) -> Job:  # fmt: skip
+    """The options of a command as a Job; hashes the files it names. A seed that is not named is -1."""
     if model.model is None:
         raise InputError("there is no model; name a checkpoint folder with --model (-m) or LCV_MODEL")
     values: dict[str, Any] = {
@@ -287,38 +288,37 @@ def _job(
     values |= own
     values |= {name: InputFile.of(values.get(name)) for name in ("image", "clip", "cond_video")}
     if values.get("seed") is None:
-        values["seed"] = random_seed()
-    job = Job(task=task, model_hash="", **values)
-    return dataclasses.replace(job, model_hash=_model_hash(job))
+        values["seed"] = RANDOM
+    return Job(task=task, **values)
 
 
-def _lora(text: str) -> Any:
+def _lora(text: str) -> Lora:
     """FILE or FILE:STRENGTH."""
-    from lcv_core.cli.job import Lora, file_hash
-
     path, separator, strength = text.rpartition(":")
+    if not separator or Path(text).is_file():
+        return Lora(text, 1.0, file_hash(Path(text)))
     try:
-        value = float(strength) if separator else 1.0
-    except ValueError:  # a colon inside the path
-        path, value = text, 1.0
-    path = path if separator and path else text
+        value = float(strength)
+    except ValueError:
+        if not Path(path).is_file():  # then the colon belongs to a path, which file_hash says is not there
+            return Lora(text, 1.0, file_hash(Path(text)))
+        raise InputError(f"the strength of --lora {path} must be a number, got {strength!r}; try {path}:1.0") from None
     return Lora(path, value, file_hash(Path(path)))
 
 
-def _run(job: Any, output: Any, machine: Any) -> None:
-    from lcv_core.cli.outputs import Target, check_target, next_free
-    from lcv_core.cli.progress import Reporter
-    from lcv_core.cli.run import run_job
-    from lcv_core.weights.checkpoint import open_checkpoint
+def _run(job: Job, output: Any, device: str, made_by: Path | None = None) -> None:
+    """Carry out a job, checked as far as that goes before torch is imported."""
+    from lcv_core.cli.outputs import check_place
 
-    reporter = Reporter()
-    path = output.output or next_free(job.task)
-    count = len(job.prompts) * job.num_videos if job.task in ("t2v", "i2v", "continue") else 1
-    kind = check_target(path, overwrite=output.overwrite, total=count)
-    native = open_checkpoint(job.model).native
-    doubled = job.task == "refine" and not job.spatial_only
-    rate = job.frame_rate or native.frame_rate * (2 if doubled else 1)
-    crf = job.crf if job.crf is not None else (10 if job.task == "refine" else 18)
-    reporter.say(f"seed {job.seed}")
-    for made in run_job(job, Target(path, kind, rate, crf), machine.device, reporter):
-        reporter.say(f"wrote {made}")
+    any_seed = made_by is None and job.seed == RANDOM
+    if any_seed:
+        job = dataclasses.replace(job, seed=random.SystemRandom().randrange(1 << 31))
+    job.check()
+    if output.output is not None:
+        check_place(output.output, job)
+
+    from lcv_core.cli.progress import Reporter
+    from lcv_core.cli.run import Request, carry_out
+
+    request = Request(job, output.output, output.overwrite, device, any_seed=any_seed, made_by=made_by)
+    carry_out(request, Reporter())

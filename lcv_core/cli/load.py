@@ -5,29 +5,79 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lcv_core.cli.job import Job
 from lcv_core.cli.progress import Reporter
 from lcv_core.config import Native
 from lcv_core.dit.attention import resolve_backend
+from lcv_core.dit.model import LongCatDiT
 from lcv_core.errors import InputError
+from lcv_core.partial import fingerprint
 from lcv_core.pipelines.base import Components
 from lcv_core.schedule import FLOW_SHIFT
 from lcv_core.text.encoder import TextStates
 from lcv_core.text.prompt import DEFAULT_NEGATIVE_PROMPT
 from lcv_core.vae.tiling import Tiling
-from lcv_core.weights.checkpoint import Checkpoint, open_checkpoint
+from lcv_core.weights.checkpoint import Checkpoint, open_checkpoint, open_text_encoder, open_vae
 from lcv_core.weights.lora import load_lora
+from lcv_core.weights.lora_read import read_lora
+from lcv_core.weights.tensors import TensorSource
 
 log = logging.getLogger("lcv_core")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMALL_MODEL = 2_000_000_000  # parameters; up to here a CPU runs fp32
+_ADAPTER_FILES = {"distill": "cfg_step_lora", "refinement": "refinement_lora"}
+
+
+def open_for(job: Job) -> Checkpoint:
+    """The job's checkpoint, complete; CheckpointError that names what is missing or wrong in it. Reads no weights."""
+    if not Path(job.model).exists():
+        raise InputError(f"there is no model at {job.model}; check --model, or make a small one: lcv init {job.model}")
+    parts = {k: getattr(job, k) for k in ("vae", "text_encoder", "tokenizer") if getattr(job, k)}
+    checkpoint = open_checkpoint(job.model, **parts)
+    for part in ("dit", "vae", "text_encoder", "tokenizer"):
+        checkpoint.require(part)
+    open_vae(checkpoint.require("vae"))
+    open_text_encoder(checkpoint.require("text_encoder"))
+    return checkpoint
+
+
+def with_hashes(job: Job, checkpoint: Checkpoint) -> Job:
+    """The job with the fingerprints of what it runs on."""
+    name = adapter_of(job)
+    return dataclasses.replace(
+        job, model_hash=checkpoint.fingerprint(), part_hashes=checkpoint.part_fingerprints([name] if name else [])
+    )
+
+
+def check_hashes(job: Job, checkpoint: Checkpoint, file: Path) -> None:
+    """InputError unless a job read from `file` would run on the weights it was made with."""
+    now = with_hashes(job, checkpoint)
+    if now.model_hash != job.model_hash:
+        raise InputError(
+            f"{job.model} is not the model of {file} (hash {now.model_hash}, made with {job.model_hash});"
+            " name that one with --model"
+        )
+    for part, value in job.part_hashes.items():
+        if now.part_hashes.get(part) != value:
+            raise InputError(f"the {part} of {job.model} is not the one that {file} was made with")
+
+
+def adapter_of(job: Job) -> str | None:
+    """The adapter of the checkpoint that a job runs with."""
+    if job.schedule == "distilled":
+        return "distill"
+    return "refinement" if job.task == "refine" else None
 
 
 def pick_device(name: str) -> torch.device:
@@ -36,9 +86,12 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f'unknown device "{name}"; use cpu, cuda, cuda:1, ... or auto') from None
+    try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # each kind of device fails in its own way
+        reason = re.split(r"\n|\. | \(", str(error))[0][:100]
         raise InputError(f'device "{name}" cannot be used here ({reason}); try --device auto') from None
     if device.type == "meta":
         raise InputError('device "meta" computes nothing; try --device auto')
@@ -56,6 +109,25 @@ def pick_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch
     return torch.float32 if parameters <= SMALL_MODEL else torch.bfloat16
 
 
+class _Shapes:
+    """An adapter's header as a TensorStore: enough to check it against a model without reading it."""
+
+    def __init__(self, path: Path) -> None:
+        self._source = TensorSource.open(path)
+
+    def keys(self) -> Iterable[str]:
+        return self._source.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._source.dtype(name)
+
+    def read(self, name: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(()).expand(self.shape(name))
+
+
 @dataclass
 class Session:
     """An opened checkpoint and the choices for this machine; models are loaded when asked for."""
@@ -67,14 +139,10 @@ class Session:
     reporter: Reporter
 
     @classmethod
-    def open(cls, job: Job, device: str, reporter: Reporter) -> Session:
+    def open(cls, job: Job, checkpoint: Checkpoint, device: str, reporter: Reporter) -> Session:
         """Checks everything that needs no weights."""
-        optional = {k: getattr(job, k) for k in ("vae", "text_encoder", "tokenizer") if getattr(job, k)}
-        checkpoint = open_checkpoint(job.model, **optional)
         where = pick_device(device)
         dtype = pick_dtype(job.dtype, where, checkpoint)
-        for part in ("vae", "text_encoder", "tokenizer"):
-            checkpoint.require(part)
         # Refused here, with the reason, rather than after the text encoder has run.
         resolve_backend(job.attention, device=where, dtype=dtype, head_dim=checkpoint.dit_config.head_dim)
         session = cls(job, checkpoint, where, dtype, reporter)
@@ -85,30 +153,51 @@ class Session:
     def native(self) -> Native:
         return self.checkpoint.native
 
-    def _check_adapters(self) -> None:
-        needed = {"long": None, "refine": "refinement"}.get(self.job.task)
-        if self.job.schedule == "distilled":
-            needed = "distill"
-        if needed and needed not in self.checkpoint.adapters and not self.job.loras:
-            file = {"distill": "cfg_step_lora", "refinement": "refinement_lora"}[needed]
-            raise InputError(
-                f"{self.checkpoint.path} has no lora/{file}.safetensors, which this needs; download it there, or name"
-                " your own with --lora"
-            )
+    @property
+    def flow_shift(self) -> float:
+        return self.checkpoint.flow_shift or FLOW_SHIFT
 
-    def encode(self, prompts: list[str]) -> tuple[TextStates, TextStates | None]:
-        """States of the prompts and of the negative prompt (None without guidance); the encoder is freed."""
+    @cached_property
+    def _machine(self) -> str:
+        return f"{self.device.type}-{self.dtype}"
+
+    def key(self, job: Job) -> str:
+        """Identifies unfinished work: numbers are continued only on the kind of device and in the dtype they began."""
+        return fingerprint({"job": job.key(), "machine": self._machine})
+
+    def _check_adapters(self) -> None:
+        needed, adapters = adapter_of(self.job), self.checkpoint.adapters
+        files = [lora.resolve() for lora in self.job.loras]
+        if needed and needed in adapters:
+            files.append(adapters[needed])
+        elif needed:
+            file = f"lora/{_ADAPTER_FILES[needed]}.safetensors"
+            if not files:
+                raise InputError(
+                    f"{self.checkpoint.path} has no {file}, which this needs; download it there, or name your own with"
+                    " --lora"
+                )
+            log.warning("%s has no %s; the --lora given has to do its work", self.checkpoint.path, file)
+        if files:
+            model = LongCatDiT(self.checkpoint.dit_config, device="meta")
+            for path in files:
+                read_lora(model, _Shapes(path), path.name)
+
+    def encode(self, prompts: list[str]) -> tuple[list[TextStates], TextStates | None]:
+        """States of each prompt and of the negative prompt; the encoder is freed.
+
+        One by one, so that a prompt's states do not depend on what else was asked for and a repeated job is exact.
+        """
+        self.reporter.say(f"seed {self.job.seed}")
         self.reporter.say(f"reading the prompt{'s' if len(prompts) > 1 else ''} ...")
         encoder = self.checkpoint.load_text_encoder(device=self.device, dtype=self.dtype)
         negative = self.job.negative_prompt
         negative = DEFAULT_NEGATIVE_PROMPT if negative is None else negative
-        states = encoder.encode([*prompts, negative])
+        states = [encoder.encode([prompt]).to("cpu") for prompt in [*prompts, negative]]
         del encoder
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        mask = states.mask
-        text = TextStates(states.states[:-1], None if mask is None else mask[:-1])
-        return text, states.select(len(prompts))
+        return states[:-1], states[-1]
 
     def components(self, stack: ExitStack) -> Components:
         """DiT, VAE and the job's LoRAs; these are taken off again when `stack` closes."""
@@ -119,10 +208,9 @@ class Session:
         dit.set_attention(self.job.attention)
         vae = self.checkpoint.load_vae(device=self.device, dtype=self.dtype)
         for lora in self.job.loras:
-            stack.enter_context(load_lora(dit, Path(lora.path), lora.strength))
+            stack.enter_context(load_lora(dit, lora.resolve(), lora.strength))
         tile = self.job.tile
         return Components(
-            dit=dit, vae=vae, adapters=self.checkpoint.adapters, native=self.native,
-            flow_shift=self.checkpoint.flow_shift or FLOW_SHIFT,
+            dit=dit, vae=vae, adapters=self.checkpoint.adapters, native=self.native, flow_shift=self.flow_shift,
             tiling=Tiling(tile, tile * 3 // 4) if tile else None,
         )  # fmt: skip

@@ -5,9 +5,21 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+
+# The library names its arguments; here they are options.
+_OPTIONS = {
+    "num_frames": "--frames", "num_cond_frames": "--cond-frames", "num_segments": "--segments", "num_steps": "--steps",
+    "refine_steps": "--steps", "guidance_scale": "--guidance", "t_thresh": "--t-thresh", "frame_rate": "--frame-rate",
+    "crf": "--crf", "vae": "--vae", "text_encoder": "--text-encoder", "tokenizer": "--tokenizer",
+}  # fmt: skip
+_ARGUMENT = re.compile(rf"(?<![\w/.\\-])({'|'.join(_OPTIONS)})(?:=(\w*)|(?![\w/\\-]|\.\w))")
+_WORDS = ("vae", "text_encoder", "tokenizer", "crf")  # names of things, too, when no = follows
 
 
 def main() -> None:
@@ -19,19 +31,40 @@ def run(arguments: list[str]) -> int:
     """Run a command line; returns its exit code. With --debug or LCV_DEBUG=1 errors keep their traceback."""
     debug = "--debug" in arguments or bool(os.environ.get("LCV_DEBUG"))
     arguments = [a for a in arguments if a != "--debug"]
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO if debug else logging.WARNING)
-    if debug:
-        return _invoke(arguments)
+    with _warnings(logging.INFO if debug else logging.WARNING):
+        if debug:
+            return _invoke(arguments)
+        try:
+            return _invoke(arguments)
+        except KeyboardInterrupt:
+            return _fail("stopped", INTERRUPTED)
+        except BrokenPipeError:
+            return FAILED
+        except OSError as error:
+            return _fail(_os_error(error), FAILED)
+        except Exception as error:
+            return _fail(*_explain(error))
+
+
+class _ToStderr(logging.Handler):
+    """Writes where stderr is at the time: a progress bar takes its place for a while."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"lcv: {record.levelname.lower()}: {_as_options(record.getMessage())}", file=sys.stderr)
+
+
+@contextmanager
+def _warnings(level: int) -> Iterator[None]:
+    """The library's warnings on stderr inside the block."""
+    log, handler = logging.getLogger("lcv_core"), _ToStderr(level)
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(level)
     try:
-        return _invoke(arguments)
-    except KeyboardInterrupt:
-        return _fail("stopped; finished work is kept, the same command goes on from it", INTERRUPTED)
-    except BrokenPipeError:
-        return FAILED
-    except OSError as error:
-        return _fail(_os_error(error), FAILED)
-    except Exception as error:
-        return _fail(*_explain(error))
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
 
 
 def _invoke(arguments: list[str]) -> int:
@@ -50,6 +83,8 @@ def _invoke(arguments: list[str]) -> int:
             raise
         show()
         return code
+    if result == INTERRUPTED:  # what typer makes of Ctrl-C
+        raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
 
 
@@ -59,25 +94,46 @@ def _fail(message: str, code: int) -> int:
 
 
 def _os_error(error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
-        where = f" while writing {error.filename}" if error.filename else ""
+    where = f" while writing {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full{where}; free some space and repeat the command, finished work is kept"
-    return str(error)
+    name = f"{error.filename}: " if error.filename else ""
+    return f"{name}{error.strerror or error}; check the path and its permissions"
+
+
+def _as_options(message: str) -> str:
+    """A sentence of the library with the options of the command line in it."""
+
+    def option(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        if value is None:
+            return name if name in _WORDS else _OPTIONS[name]
+        return f"{_OPTIONS[name]} {value}".strip()
+
+    return _ARGUMENT.sub(option, message)
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    import torch
-
+    from lcv_core.cli.errors import Stopped
     from lcv_core.errors import InputError, NumericalError
 
+    if isinstance(error, Stopped):
+        return str(error), INTERRUPTED
     if isinstance(error, InputError):
-        return str(error), USER_ERROR
+        return _as_options(str(error)), USER_ERROR
     if isinstance(error, NumericalError):
-        return str(error), FAILED
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return _as_options(str(error)), FAILED
+    if _is_out_of_memory(error):
         return (
             "out of memory; try fewer --frames, a smaller --height and --width, --tile 256, or --cfg-mode sequential",
             FAILED,
         )
     kind = type(error).__name__
     return f"unexpected {kind}: {error}\n     this is a bug; --debug shows where, please report it", FAILED
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # not worth importing for an error that it did not raise
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate memory" in str(error)

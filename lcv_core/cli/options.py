@@ -8,14 +8,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from lcv_core.cli.job import Keep
 from lcv_core.names import CfgMode, CfgScope, Fit, Posterior, Precision, Schedule, TimestepPrecision
-
-Keep = Literal["all", "new"]
-TimeMappingOrAuto = Literal["auto", "stretch", "exact"]
 
 
 def option(*names: str, help: str, panel: str, **rest: Any) -> Any:

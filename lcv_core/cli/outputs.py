@@ -1,25 +1,36 @@
-"""Where a job's result goes: a video file, a folder of PNG frames, or latents; whole or segment by segment."""
+"""Where a job's result goes: a video file, a folder of PNG frames, or latents; and what unfinished work is there."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable
+import dataclasses
+import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
+from lcv_core.cli.job import Job
 from lcv_core.errors import InputError
-from lcv_core.files import check_writable, settings_to_json
-from lcv_core.image_io import PngSequenceWriter, read_image
-from lcv_core.partial import SegmentStore, save_atomic
-from lcv_core.video_io import VIDEO_FORMATS, VideoWriter, concat_videos
+from lcv_core.files import (
+    SETTINGS_KEY,
+    VIDEO_FORMATS,
+    prepare_target,
+    remove_leftovers,
+    require_file,
+    settings_from_json,
+    settings_to_json,
+)
+from lcv_core.partial import read_note, save_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["video", "png", "latents"]
+
+PARTIAL = ".partial.safetensors"
+SEGMENTS = ".segments"
 
 
 class FrameWriter(Protocol):
@@ -38,121 +49,168 @@ class Target:
 
     def writer(self, path: Path | None = None) -> AbstractContextManager[FrameWriter]:
         """A writer of frames [F, H, W, 3] to the target, or to another place of the same kind."""
+        from lcv_core.image_io import PngSequenceWriter
+        from lcv_core.video_io import VideoWriter
+
         if self.kind == "png":
             return PngSequenceWriter(path or self.path, metadata=self.metadata)
         return VideoWriter(path or self.path, frame_rate=self.frame_rate, crf=self.crf, metadata=self.metadata)
 
-    def numbered(self, index: int, total: int) -> Target:
-        """The target of one of several videos: name-1.mp4, name-2.mp4, ..."""
-        if total == 1:
-            return self
-        path = self.path.with_name(f"{self.path.stem}-{index + 1}{self.path.suffix}")
-        return Target(path, self.kind, self.frame_rate, self.crf, self.metadata)
+    def write_latents(self, latents: Tensor) -> None:
+        """Normalised latents fp32 [B, C, T, h, w] under "latents", the job in the file's metadata."""
+        save_atomic(self.path, {"latents": latents}, {SETTINGS_KEY: settings_to_json(self.metadata)})
 
-    def beside(self, suffix: str) -> Path:
-        """A name next to the target for unfinished work."""
-        return self.path.with_name(self.path.name + suffix)
+    def of(self, job: Job, index: int) -> Target:
+        """The target of output `index` of a job, carrying the job that makes it alone."""
+        path = numbered(self.path, index, job.total)
+        return dataclasses.replace(self, path=path, metadata=job.video(index).to_metadata())
+
+    @property
+    def partial(self) -> Path:
+        return beside(self.path, PARTIAL)
+
+    @property
+    def segments(self) -> Path:
+        return beside(self.path, SEGMENTS)
+
+    def tidy(self) -> None:
+        """Remove what an earlier run of this output left when it was killed."""
+        remove_leftovers(self.path)
+        remove_leftovers(self.partial)
+
+
+def numbered(path: Path, index: int, total: int) -> Path:
+    """The path of one of several outputs: name-1.mp4, name-2.mp4, ..."""
+    return path if total == 1 else path.with_name(f"{path.stem}-{index + 1}{path.suffix}")
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """A name next to an output for unfinished work."""
+    return path.with_name(path.name + suffix)
 
 
 def kind_of(path: Path) -> Kind:
-    """By the suffix; a name without one is a folder of PNG frames."""
+    """By the suffix; a name without one is a folder of PNG frames. InputError for what cannot be written."""
     suffix = path.suffix.lower()
-    if suffix in VIDEO_FORMATS:
-        return "video"
-    if suffix == ".safetensors":
-        return "latents"
-    if suffix == "" or path.is_dir():
+    if suffix in VIDEO_FORMATS or suffix == ".safetensors":
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; choose the name of a file")
+        return "video" if suffix in VIDEO_FORMATS else "latents"
+    if path.is_dir():
         return "png"
+    if suffix == "":
+        if path.exists():
+            raise InputError(f"{path} is a file without extension; add .mp4, or name a folder for PNG frames")
+        return "png"
+    stem = path.with_suffix("").name
     raise InputError(
-        f"cannot write {suffix} files; use {path.with_suffix('.mp4').name} for video, {path.with_suffix('').name} for"
-        f" a folder of PNG frames, or {path.with_suffix('.safetensors').name} for latents"
+        f"cannot write {suffix} files; use {stem}.mp4 for video, {stem} for a folder of PNG frames, or"
+        f" {stem}.safetensors for latents"
     )
 
 
-def next_free(task: str) -> Path:
-    """outputs/TASK-0001.mp4, or the first number that is not taken."""
-    folder, number = Path("outputs"), 1
-    while (path := folder / f"{task}-{number:04d}.mp4").exists():
-        number += 1
+def check_place(path: Path, job: Job) -> Path:
+    """An output path that a job can be written to, whatever is there by now; InputError before any long work."""
+    path = path.expanduser()
+    if path.name in ("", ".."):
+        path = path.resolve()
+    kind = kind_of(path)
+    if kind == "latents" and job.task == "refine":
+        raise InputError("refine writes video or PNG frames, not latents; choose FILE.mp4 or a folder")
+    if kind == "latents" and job.task == "long" and job.handover != "latents":
+        raise InputError("separate segments have no common latents; write video or PNG, or use --handover latents")
+    prepare_target(numbered(path, 0, job.total))
     return path
 
 
-def check_target(path: Path, *, overwrite: bool, total: int = 1) -> Kind:
-    """The kind of an output path that can be written to, before any long work starts."""
-    kind = kind_of(path)
-    names = [Target(path, kind, 1.0, 0.0).numbered(i, total).path for i in range(total)]
-    for name in names:
-        taken = any(name.iterdir()) if name.is_dir() else name.exists()
+def next_free(job: Job, *, any_seed: bool) -> Path:
+    """outputs/TASK-0001.mp4 or the first number that is not taken, or where unfinished work of this job waits."""
+    folder, number = Path("outputs"), 1
+    while True:
+        path = folder / f"{job.task}-{number:04d}.mp4"
+        names = [numbered(path, i, job.total) for i in range(job.total)]
+        exist = [name.exists() for name in names]
+        seed = unfinished_seed(job, path)
+        if seed is not None and not all(exist) and (any_seed or seed == job.seed):
+            return path
+        work = [beside(name, suffix) for name in names for suffix in (PARTIAL, SEGMENTS)]
+        if not path.exists() and not any(exist) and not any(file.exists() for file in work):
+            return path
+        number += 1
+
+
+def unfinished_seed(job: Job, path: Path) -> int | None:
+    """The seed of unfinished work at an output path that differs from this job in nothing else."""
+    for index in range(job.total):
+        place = numbered(path, index, job.total)
+        found = _job_in(beside(place, SEGMENTS if job.by_segments else PARTIAL))
+        if found is None and job.total > 1:
+            found = _finished_job(place)
+        if found is not None and dataclasses.replace(found, seed=0).key() == _without_seed(job, index):
+            return found.seed - index
+    return None
+
+
+def _without_seed(job: Job, index: int) -> str:
+    return dataclasses.replace(job.video(index), seed=0).key()
+
+
+def _job_in(work: Path) -> Job | None:
+    note = read_note(work)
+    try:
+        return Job.from_metadata(json.loads(note), work) if note else None
+    except ValueError:  # InputError too: whatever it is, it is not this job
+        return None
+
+
+def _finished_job(path: Path) -> Job | None:
+    try:
+        return Job.from_metadata(read_settings(path), path) if path.exists() else None
+    except InputError:
+        return None
+
+
+def finished_outputs(job: Job, path: Path) -> set[int]:
+    """Which of several outputs are there already, made by this very job."""
+    if job.total == 1:
+        return set()
+    found = {i: _finished_job(numbered(path, i, job.total)) for i in range(job.total)}
+    return {i for i, other in found.items() if other and other.output_key() == job.video(i).output_key()}
+
+
+def check_free(job: Job, path: Path, *, overwrite: bool) -> set[int]:
+    """The outputs to make; InputError when there is something at one of their names that is not of this job."""
+    finished = finished_outputs(job, path)
+    if len(finished) == job.total:
+        finished = set()  # nothing is unfinished, so this is not a resumed run
+    todo = set(range(job.total)) - finished
+    for index in sorted(todo):
+        place = numbered(path, index, job.total)
+        taken = any(place.iterdir()) if place.is_dir() else place.exists()
         if taken and not overwrite:
-            raise InputError(f"{name} exists; add --overwrite to replace it, or choose another --output")
-    check_writable(path)
-    return kind
+            raise InputError(f"{place} exists; add --overwrite to replace it, or choose another --output")
+    return todo
 
 
-def write_latents(target: Target, latents: Tensor) -> None:
-    """Normalised latents fp32 [B, C, T, h, w] under "latents", the job in the file's metadata."""
-    save_atomic(target.path, {"latents": latents}, {"lcv": settings_to_json(target.metadata)})
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings in an output: video, latents, PNG, or a folder of PNGs. InputError where there are none."""
+    from lcv_core.video_io import read_metadata
+
+    if file.suffix == ".safetensors" and not file.is_dir():
+        data = _latents_settings(file)
+    else:
+        data = read_metadata(file)
+        if data is None and file.suffix == ".png":  # of a sequence the first frame has them
+            data = read_metadata(file.parent)
+    if data is None:
+        raise InputError(f"{file} carries no settings; only files made by lcv do")
+    return data
 
 
-def read_latents_metadata(path: Path) -> str | None:
-    """The job's JSON in a latents file."""
-    with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get("lcv")
-
-
-class SegmentSink:
-    """Writes a long result segment by segment into the store's folder, and joins the pieces at the end.
-
-    A segment counts as written once its file has its final name, so a killed run leaves whole pieces only. The pieces
-    are joined by copying streams (video) or files (PNG): nothing is encoded twice and memory stays flat.
-    """
-
-    def __init__(self, target: Target, store: SegmentStore) -> None:
-        self.target, self.store = target, store
-
-    @property
-    def source(self) -> Path:
-        """The piece before the first segment: the clip that is continued."""
-        return self.store.folder / f"source{self._suffix}"
-
-    @property
-    def _suffix(self) -> str:
-        return {"video": self.target.path.suffix, "png": "", "latents": ".latents"}[self.target.kind]
-
-    def piece(self, index: int) -> Path:
-        return self.store.path(index, self._suffix)
-
-    def written(self) -> int:
-        """Segments written without a gap, from the first."""
-        count = 0
-        while self.piece(count).exists():
-            count += 1
-        return count
-
-    def write(self, piece: Path, chunks: Iterable[Tensor]) -> None:
-        """Frames [F, H, W, 3] by chunks into one piece."""
-        with self.target.writer(piece) as writer:
-            for frames in chunks:
-                writer.write(frames)
-
-    def write_latents(self, piece: Path, latents: Tensor) -> None:
-        save_atomic(piece, {"latents": latents}, {})
-
-    def join(self, total: int) -> None:
-        """Make the target from the source, where there is one, and segments 0..total-1; then remove the store."""
-        pieces = [self.source] * self.source.exists() + [self.piece(i) for i in range(total)]
-        if self.target.kind == "video":
-            concat_videos(pieces, self.target.path, metadata=self.target.metadata)
-        elif self.target.kind == "png":
-            with self.target.writer() as writer:
-                for piece in pieces:
-                    for frame in sorted(piece.glob("*.png")):
-                        writer.write(read_image(frame).unsqueeze(0))
-        else:
-            write_latents(self.target, torch.cat([_latents(piece) for piece in pieces], dim=2))
-        shutil.rmtree(self.store.folder, ignore_errors=True)
-
-
-def _latents(path: Path) -> Tensor:
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("latents")
+def _latents_settings(file: Path) -> dict[str, Any] | None:
+    try:
+        with safe_open(require_file(file, "a latents"), "np") as tensors:
+            text = (tensors.metadata() or {}).get(SETTINGS_KEY)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is damaged or not a safetensors file ({error})") from None
+    return settings_from_json(text, file) if text else None

@@ -1,23 +1,29 @@
-"""Carrying out a job: read its inputs, run the pipeline, write what it makes; unfinished work is kept and resumed."""
+"""Carrying out a job: read its inputs, run the pipeline, write what it makes; unfinished work is kept and resumed.
+
+What can be wrong is found before weights are loaded.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import random
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lcv_core.cli.errors import Stopped
 from lcv_core.cli.job import Job
-from lcv_core.cli.load import Session
-from lcv_core.cli.outputs import SegmentSink, Target, write_latents
+from lcv_core.cli.load import Session, check_hashes, open_for, with_hashes
+from lcv_core.cli.outputs import Target, check_free, check_place, kind_of, next_free, unfinished_seed
 from lcv_core.cli.progress import Reporter
-from lcv_core.errors import InputError
+from lcv_core.cli.segments import SegmentSink
+from lcv_core.denoise import StepInfo
+from lcv_core.errors import InputError, NumericalError
 from lcv_core.image_io import read_image, resize_frames
 from lcv_core.partial import PartialRun, SegmentStore
 from lcv_core.pipelines import (
@@ -27,100 +33,199 @@ from lcv_core.pipelines import (
     long_video_segments,
     text_to_video,
 )
-from lcv_core.pipelines.base import Components, StreamingDecoder, native_size, refined_size
-from lcv_core.pipelines.long_video import Segment
-from lcv_core.refinement import frames_after, plan_windows
+from lcv_core.pipelines.base import (
+    REFINE_DEFAULT_STEPS,
+    Components,
+    Run,
+    StreamingDecoder,
+    native_size,
+    refined_size,
+)
+from lcv_core.pipelines.long_video import Segment, num_new_latents
+from lcv_core.pipelines.refine import condition_count
+from lcv_core.refinement import frames_after, plan_refine, plan_windows
+from lcv_core.schedule import refine, refine_exact
 from lcv_core.shapes import check_cond_frames, check_frames, check_size
+from lcv_core.text.encoder import TextStates
 from lcv_core.video_io import count_frames, iter_video, probe_video, read_video
 
-
-def random_seed() -> int:
-    return random.SystemRandom().randrange(1 << 31)
+ALL = "All segments"
 
 
-def run_job(job: Job, target: Target, device: str, reporter: Reporter) -> list[Path]:
-    """Compute a job and write it to `target`; returns the files made.
+@dataclass(frozen=True)
+class Request:
+    """A job and how it is to be carried out here.
 
-    An interrupted run leaves its latents beside the target; the same job with the same target goes on from there.
+    output: None takes the next free name. any_seed: the user named no seed, so unfinished work of any may be finished.
+    made_by: the file the job was read from, whose weights it needs.
     """
-    session = Session.open(job, device, reporter)
-    with ExitStack() as stack:
-        stack.enter_context(reporter.running())
-        if job.task == "long":
-            return _run_long(session, target, stack)
-        if job.task == "refine":
-            return _run_refine(session, target, stack)
-        return _run_clip(session, target, stack)
+
+    job: Job
+    output: Path | None
+    overwrite: bool
+    device: str
+    any_seed: bool = False
+    made_by: Path | None = None
 
 
-# One clip: t2v, i2v, continue
+def carry_out(request: Request, reporter: Reporter) -> None:
+    """Compute a job and write it.
+
+    An interrupted run leaves its latents beside the output; the same request goes on from there. Raises Stopped when
+    the user interrupts it.
+    """
+    job = request.job
+    checkpoint = open_for(job)
+    if request.made_by is None:
+        job = with_hashes(job, checkpoint)
+    else:
+        check_hashes(job, checkpoint, request.made_by)
+    path = request.output or next_free(job, any_seed=request.any_seed)
+    path = check_place(path, job)
+    if request.any_seed and (seed := unfinished_seed(job, path)) is not None:
+        job = dataclasses.replace(job, seed=seed)
+    todo = check_free(job, path, overwrite=request.overwrite)
+    doubled = job.task == "refine" and not job.spatial_only
+    rate = job.frame_rate or checkpoint.native.frame_rate * (2 if doubled else 1)
+    crf = job.crf if job.crf is not None else (10 if job.task == "refine" else 18)
+    target = Target(path, kind_of(path), rate, crf)
+    session = Session.open(job, checkpoint, request.device, reporter)
+    run = {"long": _run_long, "refine": _run_refine}.get(job.task)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(reporter.running())
+            if run is not None:
+                run(session, target.of(job, 0), request.overwrite, stack)
+            else:
+                _run_clips(session, target, sorted(todo), stack)
+    except KeyboardInterrupt:
+        raise Stopped(_kept(job, target)) from None
 
 
-def _run_clip(session: Session, target: Target, stack: ExitStack) -> list[Path]:
-    job, native = session.job, session.native
-    condition, size = _condition(session)
-    check_size(*size)
-    check_frames(job.num_frames or native.num_frames)
-    text, negative = session.encode(job.prompts)
-    c = session.components(stack)
-    batch = len(job.prompts) * job.num_videos
-    progress = PartialRun(target.beside(".partial.safetensors"), job.key())
-    latents = _PIPELINES[job.task](
-        c, text=text, negative_text=negative, height=size[0], width=size[1], num_frames=job.num_frames,
-        num_steps=job.num_steps, guidance_scale=job.guidance_scale, schedule=job.schedule,
-        num_videos_per_prompt=job.num_videos, generator=[_generator(job.seed + i) for i in range(batch)],
-        cfg_scope=job.cfg_scope, cfg_mode=job.cfg_mode, output="latents", progress=progress,
-        on_step=session.reporter.on_step, **condition,
-    )  # fmt: skip
-    paths = [_write_clip(session, c, target, latents, i) for i in range(batch)]
-    progress.clear()
-    return paths
+def _kept(job: Job, target: Target) -> str:
+    """What an interrupted run leaves, as a sentence."""
+    places = [target.of(job, i) for i in range(job.total)]
+    work = [file for place in places for file in (place.partial, place.segments) if file.exists()]
+    if not work:
+        return "stopped; nothing was finished that could be kept"
+    return f"stopped; what is done is kept in {', '.join(map(str, work))}, the same command goes on from it"
+
+
+def _note(job: Job) -> str:
+    return json.dumps(job.to_metadata())
+
+
+# One clip after the other: t2v, i2v, continue
+
+
+@dataclass(frozen=True)
+class _ClipPlan:
+    """What a clip is made from besides text: the pipeline's own arguments, its size, and its number of steps."""
+
+    condition: dict[str, Any]
+    size: tuple[int, int]
+    steps: int
 
 
 _PIPELINES: dict[str, Callable[..., Tensor]] = {"t2v": text_to_video, "i2v": image_to_video, "continue": continue_video}
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _condition(session: Session) -> tuple[dict[str, Any], tuple[int, int]]:
-    """The task's own arguments, read from its files, and the size of the video."""
-    job, native = session.job, session.native
-    if job.task == "t2v":
-        return {}, (job.height or native.height, job.width or native.width)
-    if job.task == "i2v":
-        assert job.image is not None
-        image = read_image(job.image.resolve())
-        h, w = native_size(native, *image.shape[:2])
-        return {"image": image, "fit": job.fit, "posterior": job.posterior}, (job.height or h, job.width or w)
-    size = _clip_size(session)
-    clip = _clip_tail(session, size)
-    options = {"uniform_tail": job.uniform_tail, "use_kv_cache": job.kv_cache, "posterior": job.posterior}
-    return {"frames": clip, "num_cond_frames": clip.shape[0], **options}, size
-
-
-def _clip_size(session: Session) -> tuple[int, int]:
+def _run_clips(session: Session, target: Target, todo: list[int], stack: ExitStack) -> None:
+    """Each output by itself: it is written before the next is begun, and a rerun of it alone gives the same bytes."""
     job = session.job
-    assert job.clip is not None
-    info = probe_video(job.clip.resolve())
-    h, w = native_size(session.native, info.height, info.width)
-    size = (job.height or h, job.width or w)
-    check_size(*size)
-    return size
+    plan = _plan_clip(session)
+    texts, negative = session.encode([job.prompts[i // job.num_videos] for i in todo])
+    c = session.components(stack)
+    for index, text in zip(todo, texts, strict=True):
+        place = target.of(job, index)
+        latents = _make_clip(session, c, plan, text, negative, place, job.video(index))
+        _write_clip(session, c, plan, place, latents)
+        place.partial.unlink(missing_ok=True)
+        place.tidy()
+        session.reporter.say(f"wrote {place.path}")
 
 
-def _clip_tail(session: Session, size: tuple[int, int]) -> Tensor:
-    """The clip's last condition frames at the model's frame rate and size, uint8 [c, H, W, 3]."""
+def _make_clip(
+    session: Session, c: Components, plan: _ClipPlan, text: TextStates, negative: TextStates | None, place: Target,
+    job: Job,
+) -> Tensor:  # fmt: skip
+    reporter = session.reporter
+    label = "Denoising" if session.job.total == 1 else f"Denoising {place.path.name}"
+
+    def resume(step: int, file: Path) -> None:
+        reporter.say(f"going on after step {step} of {plan.steps}, kept in {file}")
+        reporter.start(label, plan.steps, done=step)
+
+    progress = PartialRun(place.partial, session.key(job), note=_note(job), on_resume=resume)
+    reporter.start(label, plan.steps)
+    try:
+        return _PIPELINES[job.task](
+            c, text=text, negative_text=negative, height=plan.size[0], width=plan.size[1], num_frames=job.num_frames,
+            num_steps=job.num_steps, guidance_scale=job.guidance_scale, schedule=job.schedule,
+            generator=torch.Generator().manual_seed(job.seed), cfg_scope=job.cfg_scope, cfg_mode=job.cfg_mode,
+            output="latents", progress=progress, on_step=lambda info: reporter.on_step(info, label), **plan.condition,
+        )  # fmt: skip
+    except NumericalError:
+        progress.clear()  # going on would end in the same step
+        raise
+
+
+def _plan_clip(session: Session) -> _ClipPlan:
+    """Reads the job's files and checks everything that the pipeline would object to."""
+    job, native = session.job, session.native
+    check_frames(native.num_frames if job.num_frames is None else job.num_frames)
+    if job.task == "continue":
+        tail, size = _clip_tail(session)
+        steps = _steps(session, uniform_tail=job.uniform_tail)
+        condition = {
+            "frames": tail, "num_cond_frames": tail.shape[0], "uniform_tail": job.uniform_tail,
+            "use_kv_cache": job.kv_cache, "posterior": job.posterior,
+        }  # fmt: skip
+        return _ClipPlan(condition, size, steps)
+    steps = _steps(session)
+    if job.task == "t2v":
+        return _ClipPlan({}, _size(job, (native.height, native.width)), steps)
+    image, size = _start_image(session)
+    return _ClipPlan({"image": image, "fit": job.fit, "posterior": job.posterior}, size, steps)
+
+
+def _run_options(session: Session) -> Run:
+    job = session.job
+    return Run.of(
+        num_steps=job.num_steps, guidance_scale=job.guidance_scale, schedule=job.schedule, cfg_scope=job.cfg_scope,
+        cfg_mode=job.cfg_mode, output="latents", on_step=None, progress=None,
+    )  # fmt: skip
+
+
+def _steps(session: Session, *, uniform_tail: bool = False) -> int:
+    return len(_run_options(session).sigmas(session.flow_shift, uniform_tail=uniform_tail)) - 1
+
+
+def _size(job: Job, native: tuple[int, int]) -> tuple[int, int]:
+    """(height, width): each as asked for, else the native one."""
+    height, width = native
+    height, width = height if job.height is None else job.height, width if job.width is None else job.width
+    check_size(height, width)
+    return height, width
+
+
+def _start_image(session: Session) -> tuple[Tensor, tuple[int, int]]:
+    assert session.job.image is not None
+    image = read_image(session.job.image.resolve())
+    return image, _size(session.job, native_size(session.native, *image.shape[:2]))
+
+
+def _clip_tail(session: Session) -> tuple[Tensor, tuple[int, int]]:
+    """The clip's last frames at the model's frame rate and the video's size, uint8 [c, H, W, 3]; and that size."""
     job, native = session.job, session.native
     assert job.clip is not None
-    count = job.num_cond_frames or native.num_cond_frames
-    if job.num_cond_frames == 0:
-        count = 0
-    check_cond_frames(count, job.num_frames or native.num_frames, count)
-    return read_video(
-        job.clip.path, frame_rate=native.frame_rate, num_frames=count, which="last", size=size, fit=job.fit
-    )
+    path = job.clip.resolve()
+    count = native.num_cond_frames if job.num_cond_frames is None else job.num_cond_frames
+    check_cond_frames(count, native.num_frames if job.num_frames is None else job.num_frames, count)
+    info = probe_video(path)
+    size = _size(job, native_size(native, info.height, info.width))
+    tail = read_video(path, frame_rate=native.frame_rate, num_frames=count, which="last", size=size, fit=job.fit)
+    return tail, size
 
 
 def _source_frames(job: Job, frame_rate: float, size: tuple[int, int]) -> Iterator[Tensor]:
@@ -130,139 +235,194 @@ def _source_frames(job: Job, frame_rate: float, size: tuple[int, int]) -> Iterat
         yield resize_frames(frame.unsqueeze(0), *size, fit=job.fit)
 
 
-def _write_clip(session: Session, c: Components, target: Target, latents: Tensor, index: int) -> Path:
-    """Video `index` of the batch, carrying the job that makes it alone."""
+def _write_clip(session: Session, c: Components, plan: _ClipPlan, place: Target, latents: Tensor) -> None:
+    """The latents decoded into the output; of a continuation what is new, after the clip itself if that is kept."""
     job = session.job
-    own = dataclasses.replace(job, prompts=[job.prompts[index // job.num_videos]], seed=job.seed + index, num_videos=1)
-    place = target.numbered(index, latents.shape[0])
-    place = dataclasses.replace(place, metadata=own.to_metadata())
-    mine = latents[index : index + 1]
     if place.kind == "latents":
-        write_latents(place, mine)
-        return place.path
-    size = (latents.shape[3] * 8, latents.shape[4] * 8)
-    skip = (job.num_cond_frames or session.native.num_cond_frames) if job.task == "continue" else 0
+        place.write_latents(latents)
+        return
+    skip = plan.condition["num_cond_frames"] if job.task == "continue" else 0
     with place.writer() as writer:
         if job.task == "continue" and job.keep == "all":
-            for frames in _source_frames(job, session.native.frame_rate, size):
+            for frames in _source_frames(job, session.native.frame_rate, plan.size):
                 writer.write(frames)
-        chunks = StreamingDecoder(c).stream(mine)
+        chunks = StreamingDecoder(c).stream(latents)
         for frames in session.reporter.track(chunks, latents.shape[2], f"Decoding {place.path.name}"):
             fresh = frames[0, skip:]
             skip = max(0, skip - frames.shape[1])
             if len(fresh):
                 writer.write(fresh)
-    return place.path
 
 
 # Many segments: long, refine
 
 
-def _open_sink(session: Session, target: Target) -> SegmentSink:
-    store = SegmentStore(target.beside(".segments"), session.job.key())
-    sink = SegmentSink(target, store)
-    done = min(sink.written(), store.finished())
-    if done:
-        session.reporter.say(f"going on after segment {done}, finished earlier")
-    return sink
+class _Segments:
+    """A long job's unfinished work, and what the user sees of it.
 
+    steps: denoising steps of each segment. what: the name of one, "Segment" or "Window".
+    """
 
-def _run_segments(session: Session, sink: SegmentSink, segments: Iterator[Segment], total: int) -> list[Path]:
-    """Write each segment as it finishes, then join them."""
-    for segment in segments:
-        piece = sink.piece(segment.index)
-        if sink.target.kind == "latents":
-            sink.write_latents(piece, segment.latents)
+    def __init__(self, session: Session, target: Target, overwrite: bool, steps: list[int], what: str) -> None:
+        self.reporter, self.target, self.steps, self.what = session.reporter, target, steps, what
+        self.store = SegmentStore(
+            target.segments, session.key(session.job), note=_note(session.job), overwrite=overwrite,
+            on_resume=self._resumed,
+        )  # fmt: skip
+        self.sink = SegmentSink(target, self.store)
+        self.current = 0
+        self.done = min(self.sink.written(), self.store.finished(), len(steps))
+        if self.done:
+            self.reporter.say(f"going on after {what.lower()} {self.done} of {len(steps)}, kept in {self.store.folder}")
+
+    def label(self, index: int) -> str:
+        return f"{self.what} {index + 1} of {len(self.steps)}"
+
+    def _start(self, index: int, step: int = 0) -> None:
+        """Begin to count the steps of a segment of which `step` were done earlier."""
+        self.current = index
+        if index < len(self.steps):
+            self.reporter.start(self.label(index), self.steps[index], done=step)
+        if len(self.steps) > 1 and (step or index == self.done):
+            self.reporter.start(ALL, sum(self.steps), done=sum(self.steps[:index]) + step)
+
+    def _resumed(self, step: int, file: Path) -> None:
+        self.reporter.say(f"going on after step {step} of {self.steps[self.current]}, kept in {file}")
+        self._start(self.current, step)
+
+    def on_step(self, index: int, info: StepInfo) -> None:
+        self.reporter.advance(self.label(index), info.step, info.num_steps)
+        if len(self.steps) > 1:
+            done = sum(self.steps[:index]) + info.step
+            self.reporter.advance(ALL, done, sum(self.steps), quiet=True)
+
+    def write(self, segments: Iterator[Segment], *, with_source: bool = False) -> None:
+        """Write each segment as it finishes, then join them."""
+        total, reporter = len(self.steps), self.reporter
+        self._start(self.done)
+        for segment in self._numbers_checked(segments):
+            index = segment.index
+            self._write(segment)
+            del segment  # its frames are not held while the next one is made
+            reporter.drop(self.label(index))
+            if total > 1:
+                reporter.say(f"{self.what.lower()} {index + 1} of {total} is finished{reporter.left(ALL)}")
+            self._start(index + 1)
+        reporter.say(f"writing {self.target.path} ...")
+        self.sink.join(total, with_source=with_source)
+        self.target.tidy()
+        reporter.say(f"wrote {self.target.path}")
+
+    def _numbers_checked(self, segments: Iterator[Segment]) -> Iterator[Segment]:
+        try:
+            yield from segments
+        except NumericalError:
+            self.store.progress(self.store.finished()).clear()  # going on would end in the same step
+            raise
+
+    def _write(self, segment: Segment) -> None:
+        piece = self.sink.piece(segment.index)
+        if self.target.kind == "latents":
+            # Only the first starts with latents of its own: those of a clip that is continued.
+            new = num_new_latents(segment) if segment.index else segment.latents.shape[2]
+            self.sink.write_latents(piece, segment.latents[:, :, -new:])
         else:
-            sink.write(piece, [segment.frames])
-    session.reporter.say("joining the segments ...")
-    sink.join(total)
-    return [sink.target.path]
+            self.sink.write(piece, [segment.frames])
 
 
-def _run_long(session: Session, target: Target, stack: ExitStack) -> list[Path]:
-    job, native, reporter = session.job, session.native, session.reporter
-    target = dataclasses.replace(target, metadata=job.to_metadata())
-    if target.kind == "latents" and job.handover != "latents":
-        raise InputError("separate segments have no common latents; write video or PNG, or use --handover latents")
+def _run_long(session: Session, target: Target, overwrite: bool, stack: ExitStack) -> None:
+    job, native = session.job, session.native
+    num_frames = native.num_frames if job.num_frames is None else job.num_frames
+    cond_frames = native.num_cond_frames if job.num_cond_frames is None else job.num_cond_frames
+    check_cond_frames(cond_frames, num_frames, cond_frames)
     start: dict[str, Any] = {}
     if job.clip is not None:
-        size = _clip_size(session)
-        start = {"frames": _clip_tail(session, size)}
+        tail, size = _clip_tail(session)
+        start = {"frames": tail}
     elif job.image is not None:
-        image = read_image(job.image.resolve())
-        start, size = {"image": image, "fit": job.fit}, native_size(native, *image.shape[:2])
+        image, size = _start_image(session)
+        start = {"image": image, "fit": job.fit}
     else:
-        size = (native.height, native.width)
-    size = (job.height or size[0], job.width or size[1])
-    check_size(*size)
-    total = job.num_segments or len(job.prompts)
-    if len(job.prompts) not in (1, total):
-        raise InputError(f"{len(job.prompts)} prompts for {total} segments; give one, or one per segment")
-    sink = _open_sink(session, target)
-    text, negative = session.encode(job.prompts)
-    c = session.components(stack)
-    if job.clip is not None and job.keep == "all" and not sink.source.exists():
-        sink.write(sink.source, _source_frames(job, native.frame_rate, size))
+        size = _size(job, (native.height, native.width))
+    first, later = _steps(session), _steps(session, uniform_tail=job.uniform_tail)
+    steps = [later if job.clip else first] + [later] * (job.segments - 1)
+    work = _Segments(session, target, overwrite, steps, "Segment")
+    stack.callback(work.store.remove_if_empty)
+    with_source = job.clip is not None and job.keep == "all" and target.kind != "latents"
+    if with_source and not work.sink.source.exists():
+        work.sink.write(work.sink.source, _source_frames(job, native.frame_rate, size))
+    texts, negative = session.encode(job.prompts)
     segments = long_video_segments(
-        c, text=text, negative_text=negative, num_segments=total, height=size[0], width=size[1],
-        num_frames=job.num_frames, num_cond_frames=job.num_cond_frames, num_steps=job.num_steps,
+        session.components(stack), text=_together(texts), negative_text=negative, num_segments=job.segments,
+        height=size[0], width=size[1], num_frames=num_frames, num_cond_frames=cond_frames, num_steps=job.num_steps,
         guidance_scale=job.guidance_scale, schedule=job.schedule, uniform_tail=job.uniform_tail,
         use_kv_cache=job.kv_cache, handover=job.handover, seed=job.seed, posterior=job.posterior,
-        cfg_scope=job.cfg_scope, cfg_mode=job.cfg_mode, store=sink.store, done=sink.written(),
-        on_step=partial(reporter.on_segment_step, total=total), **start,
+        cfg_scope=job.cfg_scope, cfg_mode=job.cfg_mode, store=work.store, done=work.done, on_step=work.on_step, **start,
     )  # fmt: skip
-    return _run_segments(session, sink, segments, total)
+    work.write(segments, with_source=with_source)
 
 
-def _run_refine(session: Session, target: Target, stack: ExitStack) -> list[Path]:
+def _together(texts: list[TextStates]) -> TextStates:
+    together = texts[0]
+    for text in texts[1:]:
+        together = together.concat(text)
+    return together
+
+
+def _run_refine(session: Session, target: Target, overwrite: bool, stack: ExitStack) -> None:
     job, native, reporter = session.job, session.native, session.reporter
-    target = dataclasses.replace(target, metadata=job.to_metadata())
     assert job.clip is not None
     path = job.clip.resolve()
-    if target.kind == "latents":
-        raise InputError("refine writes video or PNG frames, not latents")
-    frame_rate = native.frame_rate
-    total_frames = count_frames(path, frame_rate=frame_rate)
     info = probe_video(path)
-    h, w = refined_size(native, info.height, info.width)
-    size = (job.height or h, job.width or w)
-    check_size(*size)
-    window = job.window or native.num_frames
+    size = _size(job, refined_size(native, info.height, info.width))
+    total_frames = count_frames(path, frame_rate=native.frame_rate)
+    window = native.num_frames if job.window is None else job.window
     overlap = min(native.num_cond_frames, window // 2)
-    windows = len(plan_windows(total_frames, window, overlap))
+    windows = plan_windows(total_frames, window, overlap)
+    if len(job.prompts) not in (1, len(windows)):
+        raise InputError(f"{len(job.prompts)} prompts for {len(windows)} windows; give one, or one per window")
     mapping = job.time_mapping
     if mapping == "auto":
-        mapping = "stretch" if windows == 1 else "exact"
-    first = _refine_condition(job)
-    sink = _open_sink(session, target)
-    text, _ = session.encode(job.prompts)
+        mapping = "stretch" if len(windows) == 1 else "exact"
+    first = _refine_condition(job, native.frame_rate)
+    count = condition_count(first.get("image"), first.get("video"), job.num_cond_frames, spatial_only=job.spatial_only)
+    plan_refine(windows[0].stop, count, spatial_only=job.spatial_only, time_mapping=mapping)
+    base_steps = REFINE_DEFAULT_STEPS if job.num_steps is None else job.num_steps
+    if job.refine_steps is None:
+        sigmas = refine(base_steps, job.t_thresh, flow_shift=session.flow_shift)
+    else:
+        sigmas = refine_exact(job.refine_steps, job.t_thresh, flow_shift=session.flow_shift)
+    work = _Segments(session, target, overwrite, [len(sigmas) - 1] * len(windows), "Window")
+    stack.callback(work.store.remove_if_empty)
+    frames = frames_after(total_frames, spatial_only=job.spatial_only, time_mapping=mapping)
+    where = f" in {len(windows)} windows" if len(windows) > 1 else ""
+    reporter.say(f"refining {total_frames} frames to {frames} of {size[1]}x{size[0]}{where}")
+    texts, _ = session.encode(job.prompts)
     c = session.components(stack)
     stage1 = native_size(native, info.height, info.width)
 
     def read(start: int, stop: int) -> Tensor:
         return read_video(
-            path, frame_rate=frame_rate, start=start / frame_rate, num_frames=stop - start, size=stage1, fit=job.fit
-        )
+            path, frame_rate=native.frame_rate, start=start / native.frame_rate, num_frames=stop - start, size=stage1,
+            fit=job.fit,
+        )  # fmt: skip
 
     segments = long_refine_segments(
-        c, text=text, read=read, total_frames=total_frames, window=window, overlap=overlap,
+        c, text=_together(texts), read=read, total_frames=total_frames, window=window, overlap=overlap,
         num_cond_frames=job.num_cond_frames, spatial_only=job.spatial_only, time_mapping=mapping, joint=job.joint,
-        seed=job.seed, store=sink.store, done=sink.written(), t_thresh=job.t_thresh,
-        num_steps=job.num_steps or 50, refine_steps=job.refine_steps, size=size, fit=job.fit,
-        posterior=job.posterior, bsa=c.dit.config.bsa if job.refine_attention == "sparse" else None,
-        on_step=partial(reporter.on_segment_step, total=windows), **first,
+        seed=job.seed, store=work.store, done=work.done, t_thresh=job.t_thresh, num_steps=base_steps,
+        refine_steps=job.refine_steps, size=size, fit=job.fit, posterior=job.posterior,
+        bsa=c.dit.config.bsa if job.refine_attention == "sparse" else None, on_step=work.on_step, **first,
     )  # fmt: skip
-    frames = frames_after(total_frames, spatial_only=job.spatial_only, time_mapping=mapping)
-    reporter.say(f"refining {total_frames} frames to {frames} of {size[1]}x{size[0]} in {windows} window(s)")
-    return _run_segments(session, sink, segments, windows)
+    work.write(segments)
 
 
-def _refine_condition(job: Job) -> dict[str, Any]:
+def _refine_condition(job: Job, frame_rate: float) -> dict[str, Any]:
     """The high-resolution condition of the first window, where the job names one."""
     if job.image is not None:
         return {"image": read_image(job.image.resolve())}
     if job.cond_video is not None:
         count = job.num_cond_frames or (13 if job.spatial_only else 26)
-        return {"video": read_video(job.cond_video.resolve(), num_frames=count, which="last")}
+        rate = frame_rate if job.spatial_only else 2 * frame_rate
+        return {"video": read_video(job.cond_video.resolve(), frame_rate=rate, num_frames=count, which="last")}
     return {}

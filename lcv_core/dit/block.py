@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lcv_bsa import block_sparse_attention, select_blocks
 from lcv_core.config import BSAConfig, DiTConfig
 from lcv_core.dit.attention import Attend
-from lcv_core.dit.embed import fp32_linear, modulate
+from lcv_core.dit.embed import in_fp32, modulate
 from lcv_core.dit.rope import apply_rope
 from lcv_core.layers import upcast
 
@@ -49,9 +49,12 @@ class Sequence3D:
 
 
 def self_attend(q: Tensor, k: Tensor, v: Tensor, seq: Sequence3D) -> Tensor:
-    """Dense or block sparse attention over whole frames; q and k [B, H, frames * S, D] are rotated already."""
+    """Dense or block sparse attention over whole frames; q and k [B, H, frames * S, D] are rotated already.
+
+    Keys of a single frame are attended to densely, whatever `seq.bsa` says: cached and uncached conditions then agree.
+    """
     frames_q, frames_k = q.shape[2] // seq.frame_tokens, k.shape[2] // seq.frame_tokens
-    if seq.bsa is None or seq.grid[0] == 1:
+    if seq.bsa is None or frames_k == 1:
         return seq.attend(q, k, v)
     sparsity = seq.bsa.sparsity
     selection = select_blocks(
@@ -79,7 +82,7 @@ class SelfAttention(nn.Module):
         """`cache` is prepended to keys and values; with `keep`, this layer's own (k, v) is appended to that list."""
         q, k, v = self.project(x)
         if keep is not None:
-            keep.append((k, v))
+            keep.append((k, v.contiguous()))  # a view would keep the whole qkv alive
         if cache is not None:
             # One cached condition serves every sample and CFG branch of the batch.
             k = torch.cat([cache[0].to(k).expand(k.shape[0], -1, -1, -1), k], dim=2)
@@ -163,7 +166,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [B, N, C], tau fp32 [B, T, A]; text None skips cross-attention (a KV cache is built without it)."""
         silu, linear = self.adaLN_modulation
-        modulation = fp32_linear(linear, silu(tau)).unsqueeze(2)  # [B, T, 1, 6C]
+        modulation = in_fp32(linear, silu(tau)).unsqueeze(2)  # [B, T, 1, 6C]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = gated_add(x, gate1, self.attn(modulate(x, self.mod_norm_attn, shift1, scale1), seq, cache, keep))
         if text is not None:
@@ -174,6 +177,6 @@ class Block(nn.Module):
         """Noise tokens read the text; condition tokens get exactly nothing, not even proj's bias."""
         n = seq.num_cond_tokens
         noise = x[:, n:]
-        normed = self.pre_crs_attn_norm(upcast(noise)).to(x.dtype)
+        normed = in_fp32(self.pre_crs_attn_norm, noise).to(x.dtype)
         noise = noise + self.cross_attn(normed, text, seq.attend)
         return noise if n == 0 else torch.cat([x[:, :n], noise], dim=1)

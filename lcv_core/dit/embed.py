@@ -44,8 +44,8 @@ class TimestepEmbed(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         # An fp64 model (gradient checks) computes in fp64; every other one in fp32, whatever its weights are stored in.
         dtype = torch.float64 if timestep.dtype == torch.float64 else torch.float32
-        h = fp32_linear(self.mlp[0], timestep_sinusoid(timestep, self.width).to(dtype))
-        return fp32_linear(self.mlp[2], self.mlp[1](h))
+        h = in_fp32(self.mlp[0], timestep_sinusoid(timestep, self.width).to(dtype))
+        return in_fp32(self.mlp[2], self.mlp[1](h))
 
 
 class CaptionEmbed(nn.Module):
@@ -63,13 +63,13 @@ class CaptionEmbed(nn.Module):
         return self.y_proj(text)
 
 
-def fp32_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear of an fp32 island: fp32 activations times the stored (perhaps bf16-rounded) weights, fp32 out.
+def in_fp32(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer of an fp32 island: fp32 activations, the stored (perhaps bf16-rounded) weights, fp32 out.
 
     Layers of lcv_core.layers and of hosts follow the dtype of their input; a plain torch.nn layer has to be told.
     """
     x = upcast(x)
-    if type(layer) is nn.Linear and layer.weight.dtype != x.dtype:
+    if type(layer) in (nn.Linear, nn.LayerNorm) and any(p.dtype != x.dtype for p in layer.parameters()):
         # functional_call keeps the layer's hooks (adapters) working.
         widened = {name: p.to(x.dtype) for name, p in layer.named_parameters()}
         return torch.func.functional_call(layer, widened, (x,))
@@ -79,7 +79,7 @@ def fp32_linear(layer: nn.Module, x: Tensor) -> Tensor:
 def modulate(x: Tensor, norm: nn.Module, shift: Tensor, scale: Tensor) -> Tensor:
     """LN(x) * (1 + scale) + shift in fp32, rounded to x's dtype. x [B, N, C]; shift, scale [B, T, 1, C] per frame."""
     frames = shift.shape[1]
-    h = norm(upcast(x)).unflatten(1, (frames, -1))  # [B, T, S, C]
+    h = in_fp32(norm, x).unflatten(1, (frames, -1))  # [B, T, S, C]
     return (h * (1 + scale) + shift).flatten(1, 2).to(x.dtype)
 
 
@@ -95,8 +95,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, tau: Tensor) -> Tensor:
         silu, linear = self.adaLN_modulation
-        shift, scale = fp32_linear(linear, silu(tau)).unsqueeze(2).chunk(2, dim=-1)  # [B, T, 1, C]
-        return fp32_linear(self.linear, modulate(x, self.norm_final, shift, scale))
+        shift, scale = in_fp32(linear, silu(tau)).unsqueeze(2).chunk(2, dim=-1)  # [B, T, 1, C]
+        return in_fp32(self.linear, modulate(x, self.norm_final, shift, scale))
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:

@@ -89,10 +89,11 @@ class LongCatDiT(nn.Module):
         return self._run(latents, timestep, states, num_cond_latents, kv_cache, bsa)
 
     @torch.no_grad()
-    def build_kv_cache(self, cond_latents: Tensor) -> list[KV]:
+    def build_kv_cache(self, cond_latents: Tensor, bsa: BSAConfig | None = None) -> list[KV]:
         """(k, v) of every layer, [B, H, n_c * S, D] before rope, of clean condition latents [B, C, n_c, H, W].
 
-        Condition tokens see neither noise nor text, so the cache holds for every step, prompt and CFG branch.
+        Condition tokens see neither noise nor text, so the cache holds for every step, prompt and CFG branch. bsa: as
+        in the forwards that will use it.
         """
         if cond_latents.dim() != 5 or cond_latents.shape[1] != self.config.in_channels or cond_latents.shape[2] < 1:
             raise InputError(
@@ -100,7 +101,7 @@ class LongCatDiT(nn.Module):
             )
         cache: list[KV] = []
         zeros = torch.zeros(cond_latents.shape[0], device=cond_latents.device)
-        self._run(cond_latents, zeros, None, 0, None, None, keep=cache)
+        self._run(cond_latents, zeros, None, 0, None, bsa, keep=cache)
         return cache
 
     def _run(

@@ -152,8 +152,11 @@ def encode_text(c: Components, text: Text | None, *, what: str = "text") -> Text
     return states
 
 
-def guidance(c: Components, run: Run, negative: Text | None, batch: int) -> Guidance:
-    """The run's guidance, the negative text encoded ("" when none is given) and repeated for the batch."""
+def guidance(c: Components, run: Run, negative: Text | None, batch: int, prompts: int | None = None) -> Guidance:
+    """The run's guidance, the negative text encoded ("" when none is given) and repeated for the batch of videos.
+
+    prompts: how many prompts make that batch; None: as many as videos.
+    """
     if not run.guidance_scale > 1.0:
         return Guidance(scope=run.cfg_scope, mode=run.cfg_mode)
     if negative is None and c.text_encoder is None:
@@ -161,16 +164,15 @@ def guidance(c: Components, run: Run, negative: Text | None, batch: int) -> Guid
             f"guidance_scale {run.guidance_scale:g} needs a negative_text; pass TextStates or set guidance_scale=1"
         )
     states = encode_text(c, "" if negative is None else negative, what="negative_text")
-    return Guidance(run.guidance_scale, expand_text(states, batch, what="negative_text"), run.cfg_scope, run.cfg_mode)
+    prompts = batch if prompts is None else prompts
+    return Guidance(run.guidance_scale, _negatives(states, prompts, batch), run.cfg_scope, run.cfg_mode)
 
 
-def expand_text(states: TextStates, batch: int, *, what: str = "text") -> TextStates:
+def _negatives(states: TextStates, prompts: int, batch: int) -> TextStates:
     """One entry for all, one per prompt, or one per video, made one per video."""
-    if states.batch == batch:
-        return states
-    if batch % states.batch == 0:
-        return states.repeat(batch // states.batch)
-    raise InputError(f"{what} has {states.batch} entries for {batch} videos; give one, or one per prompt")
+    if states.batch not in (1, prompts, batch):
+        raise InputError(f"negative_text has {states.batch} entries for {prompts} prompts; give one, or one per prompt")
+    return states.repeat(batch // states.batch)
 
 
 def draw_noise(shape: Sequence[int], generator: Generators) -> Tensor:

@@ -110,9 +110,10 @@ def continue_from_latents(
     check_frames(total)
     if not 0 < num_cond_latents < num_latents(total):
         raise InputError(f"{num_cond_latents} condition latents leave nothing to make of {num_latents(total)}")
-    states = encode_text(c, text).repeat(num_videos_per_prompt)
+    prompts = encode_text(c, text)
+    states = prompts.repeat(num_videos_per_prompt)
     x = start_noise(c, states.batch, total, *size, noise, generator)
-    guide = guidance(c, run, negative_text, states.batch)
+    guide = guidance(c, run, negative_text, states.batch, prompts.batch)
     x = put_condition(x, cond())
     with run.adapter(c):
         latents = denoise(

@@ -70,11 +70,12 @@ def image_to_video(
     frames = c.native.num_frames if num_frames is None else num_frames
     if frames < 5:
         raise InputError(f"num_frames counts the image too, so it must be at least 5, got {frames}")
-    states = encode_text(c, text).repeat(num_videos_per_prompt)
-    if states.batch % images.shape[0]:
-        raise InputError(f"{images.shape[0]} images for {states.batch} videos; give one, or one per prompt")
+    prompts = encode_text(c, text)
+    states = prompts.repeat(num_videos_per_prompt)
+    if images.shape[0] not in (1, prompts.batch, states.batch):
+        raise InputError(f"{images.shape[0]} images for {prompts.batch} prompts; give one, or one per prompt")
     x = start_noise(c, states.batch, frames, h, w, noise, generator)
-    guide = guidance(c, run, negative_text, states.batch)
+    guide = guidance(c, run, negative_text, states.batch, prompts.batch)
     stills = to_pixels(resize_frames(images, h, w, fit=fit)).transpose(0, 2)  # [images, 3, 1, H, W]
     # Each image is drawn and encoded once however many videos it makes; the noise was drawn first, as officially.
     cond = encode_frames(c, stills, posterior=posterior, generator=for_conditions(generator, images.shape[0]))

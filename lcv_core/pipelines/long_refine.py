@@ -11,7 +11,7 @@ from torch import Tensor
 from lcv_core.errors import InputError
 from lcv_core.names import Joint, TimeMapping, check_name
 from lcv_core.partial import SegmentStore
-from lcv_core.pipelines.base import Components, Text, encode_text, expand_text
+from lcv_core.pipelines.base import Components, Text, encode_text
 from lcv_core.pipelines.long_video import OnSegmentStep, Segment, segment_generator
 from lcv_core.pipelines.refine import condition_count, decode_refined, refine_video
 from lcv_core.refinement import Window, crossfade, frames_after, plan_refine, plan_windows
@@ -60,7 +60,7 @@ def long_refine_segments(
     states = encode_text(c, text)
     if states.batch not in (1, len(windows)):
         raise InputError(f"{states.batch} prompts for {len(windows)} windows; give one, or one per window")
-    states = expand_text(states, len(windows))
+    states = states.repeat(len(windows) // states.batch)
     first = condition_count(image, video, num_cond_frames, spatial_only=spatial_only)
     plan_refine(windows[0].stop, first, spatial_only=spatial_only, time_mapping=time_mapping)  # validates
     shared = frames_after(overlap, spatial_only=spatial_only, time_mapping=time_mapping) if overlap else 0
@@ -111,4 +111,5 @@ def _segments(
             if tail is not None:
                 frames[:shared] = crossfade(tail, frames[:shared]) if joint == "blend" else tail
             yield Segment(index, len(windows), frames if last else frames[: frames.shape[0] - shared], latents)
+        del frames  # not to be held while the next window is refined
         tail = next_tail

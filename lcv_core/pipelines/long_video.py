@@ -23,7 +23,6 @@ from lcv_core.pipelines.base import (
     decode_latents,
     encode_frames,
     encode_text,
-    expand_text,
     native_size,
     prepare_frames,
     to_pixels,
@@ -187,6 +186,10 @@ class _LongJob:
     ) -> None:  # fmt: skip
         if image is not None and frames is not None:
             raise InputError("start a long video from an image or from a clip, not both")
+        check_name("fit", fit, Fit)
+        check_name("posterior", posterior, Posterior)
+        c.need_vae()
+        run(None, None).sigmas(c.flow_shift)  # validates
         self.c, self.run, self.seed = c, run, seed
         self.fit: Fit = fit
         self.posterior: Posterior = posterior
@@ -194,6 +197,8 @@ class _LongJob:
         self.num_frames = c.native.num_frames if num_frames is None else num_frames
         self.num_cond_frames = c.native.num_cond_frames if num_cond_frames is None else num_cond_frames
         self.image = None if image is None else as_frames(image)
+        if self.image is not None and self.image.shape[0] != 1:
+            raise InputError(f"a long video starts from one image, got {self.image.shape[0]}")
         self.clip = None if frames is None else as_frames(frames)
         available = self.num_frames if self.clip is None else self.clip.shape[0]
         check_cond_frames(self.num_cond_frames, self.num_frames, available)
@@ -241,8 +246,8 @@ class _LongJob:
                 latents = self._make(index, store.progress(index) if store else None)
                 if store:
                     store.save(index, latents)
-            frames = self.handover.finish(latents, self._cond_latents(index))
-            yield Segment(index, self.total, frames, latents)
+            # No name for the frames here: they would stay in memory while the next segment is made.
+            yield Segment(index, self.total, self.handover.finish(latents, self._cond_latents(index)), latents)
 
     def _cond_latents(self, index: int) -> int:
         """Condition latents of a segment whose frames are not new (an image's frame is)."""
@@ -283,4 +288,4 @@ class _LongJob:
 def _per_segment(states: TextStates, total: int, what: str) -> TextStates:
     if states.batch not in (1, total):
         raise InputError(f"{states.batch} {what} for {total} segments; give one, or one per segment")
-    return expand_text(states, total)
+    return states.repeat(total // states.batch)

@@ -52,11 +52,14 @@ def text_to_video(
         output=output, on_step=on_step, progress=progress,
     )  # fmt: skip
     sigmas = run.sigmas(c.flow_shift)
+    if run.output == "frames":
+        c.need_vae()  # before the run rather than after it
     native = c.native
     frames = native.num_frames if num_frames is None else num_frames
-    states = encode_text(c, text).repeat(num_videos_per_prompt)
+    prompts = encode_text(c, text)
+    states = prompts.repeat(num_videos_per_prompt)
     x = start_noise(c, states.batch, frames, height or native.height, width or native.width, noise, generator)
-    guide = guidance(c, run, negative_text, states.batch)
+    guide = guidance(c, run, negative_text, states.batch, prompts.batch)
     with run.adapter(c):
         latents = denoise(c.dit, x, sigmas, text=states, guidance=guide, on_step=run.on_step, progress=run.progress)
     return finish(c, latents, run.output)

@@ -26,8 +26,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # F.normalize with its 1e-12 floor, written out: the library's strided norm is 10x slower on a CPU.
-        inverse = torch.rsqrt(x.square().sum(dim=1, keepdim=True).clamp_min(1e-24))
-        return x * inverse * (self.scale * self.gamma.to(x.dtype))
+        h = x.float() if x.dtype == torch.float16 else x  # in fp16 squares overflow from 256 on and the floor is 0
+        inverse = torch.rsqrt(h.square().sum(dim=1, keepdim=True).clamp_min(1e-24))
+        return (h * inverse).to(x.dtype) * (self.scale * self.gamma.to(x.dtype))
 
 
 def two_zero_frames(x: Tensor) -> Tensor:

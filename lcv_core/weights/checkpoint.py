@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -125,12 +128,28 @@ class Checkpoint:
         SHA-256 over the size, the header and 64 samples of 64 bytes of each file, so it is cheap at 54 GB; file and
         folder names do not count. It identifies, it does not prove integrity.
         """
-        files = TensorSource.open(self.require("dit")).files
-        digest = hashlib.sha256()
-        for part in sorted(_sample(file.path, file.size, file.header) for file in files):
-            digest.update(part)
-        return digest.hexdigest()[:16]
+        return _fingerprint(self.require("dit"))
 
+    def part_fingerprints(self, adapters: Iterable[str] = ()) -> dict[str, str]:
+        """The same for whatever else decides what is computed: the other parts that are there, the named adapters, and
+        the settings (configs, flow shift, native job) as "settings"."""
+        prints: dict[str, str] = {}
+        configs: dict[str, Any] = {}
+        for name in ("dit", "vae", "text_encoder"):
+            path: Path | None = getattr(self, name)
+            if path is None:
+                continue
+            if name != "dit":
+                prints[name] = _fingerprint(path)
+            if (path / "config.json").is_file():
+                configs[name] = read_json(path / "config.json")
+        if self.tokenizer is not None:
+            files = [self.tokenizer / name for name in ("tokenizer.json", "spiece.model")]
+            prints["tokenizer"] = _short_hash(*(file.read_bytes() for file in files if file.is_file()))
+        prints |= {name: _fingerprint(self.adapters[name]) for name in adapters if name in self.adapters}
+        settings = {"configs": configs, "flow_shift": self.flow_shift, "native": dataclasses.asdict(self.native)}
+        prints["settings"] = _short_hash(json.dumps(settings, sort_keys=True).encode())
+        return prints
 
 def open_checkpoint(
     path: str | Path,
@@ -274,6 +293,21 @@ def open_text_encoder(path: Path) -> tuple[TextConfig, Assembly]:
     config_path = path / "config.json"
     config = TextConfig.from_json(config_path) if config_path.is_file() else infer_text_config(tensors, str(path))
     return config, tensors
+
+
+def _fingerprint(path: Path) -> str:
+    """See `Checkpoint.fingerprint`; of a file or folder of weights."""
+    if path.suffix == ".pth":
+        return _short_hash(_sample(path, path.stat().st_size, b""))
+    files = TensorSource.open(path).files
+    return _short_hash(*sorted(_sample(file.path, file.size, file.header) for file in files))
+
+
+def _short_hash(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def _sample(path: Path, size: int, header: bytes, samples: int = 64, width: int = 64) -> bytes:

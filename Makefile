@@ -9,7 +9,7 @@ MODEL := $(DEMO)/mini
 demo: .venv/installed
 	rm -rf $(DEMO)
 	$(BIN)/lcv init $(MODEL)
-	$(BIN)/lcv t2v -m $(MODEL) -p "a red ball moves left on a black background" --seed 1 --schedule distilled -o $(DEMO)/1-text.mp4
+	$(BIN)/lcv t2v -m $(MODEL) -p "a red ball moves left on a black background" --frames 17 --seed 1 --schedule distilled -o $(DEMO)/1-text.mp4
 	$(BIN)/lcv continue $(DEMO)/1-text.mp4 -m $(MODEL) -p "the red ball moves left" --seed 2 --schedule distilled -o $(DEMO)/2-continued.mp4
 	$(BIN)/lcv refine $(DEMO)/1-text.mp4 -m $(MODEL) --seed 3 -o $(DEMO)/3-refined.mp4
 	@echo "made $(DEMO)/1-text.mp4, 2-continued.mp4 and 3-refined.mp4 with random weights; they show that it runs"

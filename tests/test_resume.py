@@ -21,6 +21,7 @@ from lcv_core.cli.progress import Reporter
 from lcv_core.cli.run import _Segments
 from lcv_core.cli.segments import SegmentSink
 from lcv_core.denoise import StepInfo
+from lcv_core.errors import NumericalError
 from lcv_core.video_io import VideoWriter, read_metadata
 
 # Runs `lcv` and kills its own process, or says so and waits, when it gets to a place.
@@ -227,6 +228,27 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(model: Path, stop: Stop) ->
     assert left_in(Path()) == set()
 
 
+def test_ctrl_c_before_anything_was_begun(model: Path, stop: Stop) -> None:
+    def interrupted(job: object) -> None:
+        raise KeyboardInterrupt
+
+    stop.monkeypatch.setattr("lcv_core.cli.run.open_for", interrupted)
+    outcome = lcv("t2v", "-m", model, "-p", "x", "-o", "a.mp4")
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "lcv: stopped\n")
+
+
+@pytest.mark.parametrize("task", ["t2v", "long"])
+def test_latents_before_a_step_that_failed_for_good_are_not_kept(model: Path, stop: Stop, task: str) -> None:
+    def fail_in_the_second_step(velocity: Tensor, step: int, *_: object) -> None:
+        if step == 1:
+            raise NumericalError("step 2 of 3 produced NaN")
+
+    stop.monkeypatch.setattr("lcv_core.denoise._check_finite", fail_in_the_second_step)
+    outcome = lcv(task, "-m", model, "-p", "x", "--steps", 3, "-o", "a.mp4")
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (1, "lcv: step 2 of 3 produced NaN")
+    assert left_in(Path()) == set()
+
+
 def test_ctrl_c_while_writing_keeps_the_latents(model: Path, stop: Stop) -> None:
     command = ["t2v", "-m", model, "-p", "x", "--steps", 2, "--seed", 1, "-o"]
     code, _ = stop(VideoWriter, "close", lambda *_: True, KeyboardInterrupt(), *command, "a.mp4")
@@ -359,7 +381,7 @@ def test_ctrl_c_in_a_long_video_says_where_it_is_kept(model: Path, stop: Stop) -
 def test_another_quality_or_the_clip_left_out_goes_on_from_the_same_segments(model: Path, stop: Stop) -> None:
     command = [*LONG, "-m", model, "--clip", clip(Path("clip.mp4"), 9)]
     stop(_Segments, "on_step", in_segment(2), KeyboardInterrupt(), *command, "-o", "a.mp4")
-    form = ["--crf", 30, "--frame-rate", 24, "--keep", "new"]
+    form = ["--crf", 30, "--keep", "new"]
     err = made(*command, *form, "-o", "a.mp4").err
     assert "Segment 1 of 5" not in err and "Segment 2 of 5" not in err  # their latents serve
     made(*command, *form, "-o", "whole.mp4")
@@ -407,6 +429,8 @@ def test_unfinished_work_is_not_continued_in_another_dtype(model: Path, stop: St
     command = [*LONG, "-m", model, "-o", "a.mp4"]
     stop(_Segments, "on_step", in_segment(1), KeyboardInterrupt(), *command)
     assert "job with other settings" in refused(*command, "--dtype", "bf16")
+    stop.monkeypatch.setattr("lcv_core.cli.load.SMALL_MODEL", 0)  # now "auto" is another dtype
+    assert "job with other settings" in refused(*command)
 
 
 def test_segments_are_on_disk_as_they_finish_and_one_at_a_time_in_memory(
@@ -417,7 +441,8 @@ def test_segments_are_on_disk_as_they_finish_and_one_at_a_time_in_memory(
     write, on_step = SegmentSink.write, _Segments.on_step
 
     def watched_write(self: SegmentSink, piece: Path, chunks: list[Tensor]) -> None:
-        alive.extend(weakref.ref(chunk) for chunk in chunks)
+        # Of a view the tensor that it is a view of: that is where the memory is.
+        alive.extend(weakref.ref(chunk if chunk._base is None else chunk._base) for chunk in chunks)
         write(self, piece, chunks)
 
     def watched_step(self: _Segments, index: int, info: StepInfo) -> None:

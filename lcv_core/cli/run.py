@@ -224,14 +224,17 @@ def _clip_tail(session: Session) -> tuple[Tensor, tuple[int, int]]:
     check_cond_frames(count, native.num_frames if job.num_frames is None else job.num_frames, count)
     info = probe_video(path)
     size = _size(job, native_size(native, info.height, info.width))
+    session.reporter.say(f"reading {path} ...")
     tail = read_video(path, frame_rate=native.frame_rate, num_frames=count, which="last", size=size, fit=job.fit)
     return tail, size
 
 
-def _source_frames(job: Job, frame_rate: float, size: tuple[int, int]) -> Iterator[Tensor]:
+def _source_frames(session: Session, size: tuple[int, int]) -> Iterator[Tensor]:
     """The whole clip that is continued, a frame at a time: uint8 [1, H, W, 3]."""
+    job = session.job
     assert job.clip is not None
-    for frame in iter_video(job.clip.path, frame_rate=frame_rate):
+    session.reporter.say(f"copying {job.clip.path} ...")
+    for frame in iter_video(job.clip.path, frame_rate=session.native.frame_rate):
         yield resize_frames(frame.unsqueeze(0), *size, fit=job.fit)
 
 
@@ -244,7 +247,7 @@ def _write_clip(session: Session, c: Components, plan: _ClipPlan, place: Target,
     skip = plan.condition["num_cond_frames"] if job.task == "continue" else 0
     with place.writer() as writer:
         if job.task == "continue" and job.keep == "all":
-            for frames in _source_frames(job, session.native.frame_rate, plan.size):
+            for frames in _source_frames(session, plan.size):
                 writer.write(frames)
         chunks = StreamingDecoder(c).stream(latents)
         for frames in session.reporter.track(chunks, latents.shape[2], f"Decoding {place.path.name}"):
@@ -306,6 +309,7 @@ class _Segments:
             del segment  # its frames are not held while the next one is made
             reporter.drop(self.label(index))
             if total > 1:
+                reporter.advance(ALL, sum(self.steps[: index + 1]), sum(self.steps), quiet=True)  # decoding counts too
                 reporter.say(f"{self.what.lower()} {index + 1} of {total} is finished{reporter.left(ALL)}")
             self._start(index + 1)
         reporter.say(f"writing {self.target.path} ...")
@@ -350,7 +354,7 @@ def _run_long(session: Session, target: Target, overwrite: bool, stack: ExitStac
     stack.callback(work.store.remove_if_empty)
     with_source = job.clip is not None and job.keep == "all" and target.kind != "latents"
     if with_source and not work.sink.source.exists():
-        work.sink.write(work.sink.source, _source_frames(job, native.frame_rate, size))
+        work.sink.write(work.sink.source, _source_frames(session, size))
     texts, negative = session.encode(job.prompts)
     segments = long_video_segments(
         session.components(stack), text=_together(texts), negative_text=negative, num_segments=job.segments,
@@ -375,6 +379,7 @@ def _run_refine(session: Session, target: Target, overwrite: bool, stack: ExitSt
     path = job.clip.resolve()
     info = probe_video(path)
     size = _size(job, refined_size(native, info.height, info.width))
+    reporter.say(f"reading {path} ...")
     total_frames = count_frames(path, frame_rate=native.frame_rate)
     window = native.num_frames if job.window is None else job.window
     overlap = min(native.num_cond_frames, window // 2)

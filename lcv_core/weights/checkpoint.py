@@ -151,6 +151,7 @@ class Checkpoint:
         prints["settings"] = _short_hash(json.dumps(settings, sort_keys=True).encode())
         return prints
 
+
 def open_checkpoint(
     path: str | Path,
     *,

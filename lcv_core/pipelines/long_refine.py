@@ -12,7 +12,7 @@ from lcv_core.errors import InputError
 from lcv_core.names import Joint, TimeMapping, check_name
 from lcv_core.partial import SegmentStore
 from lcv_core.pipelines.base import Components, Text, encode_text
-from lcv_core.pipelines.long_video import OnSegmentStep, Segment, segment_generator
+from lcv_core.pipelines.long_video import OnSegmentStep, Segment, segment_generator, text_of
 from lcv_core.pipelines.refine import condition_count, decode_refined, refine_video
 from lcv_core.refinement import Window, crossfade, frames_after, plan_refine, plan_windows
 
@@ -60,7 +60,6 @@ def long_refine_segments(
     states = encode_text(c, text)
     if states.batch not in (1, len(windows)):
         raise InputError(f"{states.batch} prompts for {len(windows)} windows; give one, or one per window")
-    states = states.repeat(len(windows) // states.batch)
     first = condition_count(image, video, num_cond_frames, spatial_only=spatial_only)
     plan_refine(windows[0].stop, first, spatial_only=spatial_only, time_mapping=time_mapping)  # validates
     shared = frames_after(overlap, spatial_only=spatial_only, time_mapping=time_mapping) if overlap else 0
@@ -71,7 +70,7 @@ def long_refine_segments(
         if tail is not None:
             condition = {"image": None, "video": tail, "num_cond_frames": shared}
         return refine_video(
-            c, text=states.select(index), frames=read(span.start, span.stop), output="latents",
+            c, text=text_of(states, index), frames=read(span.start, span.stop), output="latents",
             generator=segment_generator(seed, index), progress=store.progress(index) if store else None,
             on_step=None if on_step is None else partial(on_step, index),
             **condition, **mapping, **options,

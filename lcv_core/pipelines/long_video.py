@@ -207,7 +207,7 @@ class _LongJob:
         self.total = self.text.batch if num_segments is None else num_segments
         if self.total < 1:
             raise InputError(f"num_segments must be at least 1, got {self.total}")
-        self.text = _per_segment(self.text, self.total, "prompts")
+        _check_per_segment(self.text, self.total, "prompts")
         self.negative = self._negative(negative_text)
         self.handover = self._make_handover(handover)
 
@@ -225,7 +225,8 @@ class _LongJob:
         if negative_text is None and self.c.text_encoder is None:
             raise InputError("guidance needs a negative_text; pass TextStates or set guidance_scale=1")
         states = encode_text(self.c, "" if negative_text is None else negative_text, what="negative_text")
-        return _per_segment(states, self.total, "negative prompts")
+        _check_per_segment(states, self.total, "negative prompts")
+        return states
 
     def _make_handover(self, name: Handover) -> _FrameHandover | _LatentHandover:
         check_name("handover", name, Handover)
@@ -256,8 +257,8 @@ class _LongJob:
     def _make(self, index: int, progress: Progress | None) -> Tensor:
         generator = segment_generator(self.seed, index)
         run = self.run(None if self.on_step is None else partial(self.on_step, index), progress)
-        text = self.text.select(index)
-        negative = None if self.negative is None else self.negative.select(index)
+        text = text_of(self.text, index)
+        negative = None if self.negative is None else text_of(self.negative, index)
         if index == 0 and self.clip is None:
             return self._first(text, negative, run, generator)
         return continue_from_latents(
@@ -285,7 +286,11 @@ class _LongJob:
         return self.handover.condition(self.posterior, generator)
 
 
-def _per_segment(states: TextStates, total: int, what: str) -> TextStates:
+def _check_per_segment(states: TextStates, total: int, what: str) -> None:
     if states.batch not in (1, total):
         raise InputError(f"{states.batch} {what} for {total} segments; give one, or one per segment")
-    return states.repeat(total // states.batch)
+
+
+def text_of(states: TextStates, index: int) -> TextStates:
+    """The segment's own prompt, or the one prompt of all: kept once, however many segments there are."""
+    return states.select(index if states.batch > 1 else 0)

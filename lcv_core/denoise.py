@@ -149,7 +149,7 @@ def denoise(
     if guidance.negative is not None:
         guidance = Guidance(guidance.scale, guidance.negative.to(device), guidance.scope, guidance.mode)
     n_c = num_cond_latents
-    cache = dit.build_kv_cache(x[:, :, :n_c], bsa) if use_kv_cache and n_c else None
+    cache = _shared_cache(dit, x[:, :, :n_c], bsa) if use_kv_cache and n_c else None
     predict = _Predictor(dit, text, guidance, n_c, bsa, cache)
     done, x = progress.load(x) if progress else (0, x)
     num_steps, resumed = len(sigmas) - 1, done
@@ -175,6 +175,12 @@ def denoise(
     if progress:
         progress.save(num_steps, x)
     return x
+
+
+def _shared_cache(dit: LongCatDiT, cond: Tensor, bsa: BSAConfig | None) -> list[KV]:
+    """The KV cache of the condition frames [B, C, n_c, h, w]; one entry for all where they are the same."""
+    same = torch.equal(cond, cond[:1].expand_as(cond))
+    return dit.build_kv_cache(cond[:1] if same else cond, bsa)
 
 
 def _check_finite(velocity: Tensor, step: int, num_steps: int, sigma: float) -> None:

@@ -250,9 +250,9 @@ def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(backends._LOADERS, "picky", lambda: picky)
     reasons = {"missing": "No module named 'kernels'", "picky": "needs head_dim 64, got 16", "fast": "no backend has"}
     for name, reason in reasons.items():
-        with pytest.raises(ValueError, match=f"backend '{name}' .*{reason}.*; available: auto, cpu, reference"):
+        with pytest.raises(ValueError, match=f"backend '{name}' .*{reason}.*; available: auto, cpu, .*reference"):
             block_sparse_attention(q, k, v, sel, backend=name)
-    assert available_backends(q, k, v, sel) == ["cpu", "reference"]
+    assert set(available_backends(q, k, v, sel)) - {"triton"} == {"cpu", "reference"}  # triton may be installed
     monkeypatch.setattr(backends, "_AUTO", ("missing", "picky", "reference"))
     torch.testing.assert_close(block_sparse_attention(q, k, v, sel), reference_attention(q, k, v, sel)[0])
     monkeypatch.setattr(backends, "_AUTO", ("missing",))

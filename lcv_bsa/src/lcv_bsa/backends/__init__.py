@@ -47,10 +47,23 @@ def _load_reference() -> Backend:
     return Backend(reference_attention)
 
 
-# Loaded when first named: an entry may raise ImportError, whose text then is the reason it is unavailable.
-_LOADERS: dict[str, Callable[[], Backend]] = {"cpu": _load_cpu, "reference": _load_reference}
+def _load_triton() -> Backend:
+    try:
+        from lcv_bsa.backends.triton import refusal, triton_attention
+    except ImportError as error:
+        raise ImportError(f"it needs Triton ({error}); pip install triton") from error
+    return Backend(triton_attention, refusal)
 
-# What "auto" tries, best first. "reference" is left out: its memory is that of dense attention.
+
+# Loaded when first named: an entry may raise ImportError, whose text then is the reason it is unavailable.
+_LOADERS: dict[str, Callable[[], Backend]] = {
+    "cpu": _load_cpu,
+    "triton": _load_triton,
+    "reference": _load_reference,
+}
+
+# What "auto" tries, best first. "reference" is left out: its memory is that of dense attention. "triton" is left out
+# until it was measured on a GPU.
 _AUTO: tuple[str, ...] = ("cpu",)
 
 

@@ -227,7 +227,7 @@ def test_forward_memory_stays_far_below_dense() -> None:
             return out
 
     with Watch():
-        block_sparse_attention(q, k, v, sel, backend="cpu")
+        gather.forward(q, k, v, sel, 0.25)  # inside the operator nothing can be watched
     assert q.numel() <= largest <= q.shape[2] ** 2 // 64
 
 
@@ -252,7 +252,7 @@ def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
     for name, reason in reasons.items():
         with pytest.raises(ValueError, match=f"backend '{name}' .*{reason}.*; available: auto, cpu, .*reference"):
             block_sparse_attention(q, k, v, sel, backend=name)
-    assert set(available_backends(q, k, v, sel)) - {"triton"} == {"cpu", "reference"}  # triton may be installed
+    assert {"cpu", "reference"} <= set(available_backends(q, k, v, sel)) <= set(backends._LOADERS) - {"missing", "fast"}
     monkeypatch.setattr(backends, "_AUTO", ("missing", "picky", "reference"))
     torch.testing.assert_close(block_sparse_attention(q, k, v, sel), reference_attention(q, k, v, sel)[0])
     monkeypatch.setattr(backends, "_AUTO", ("missing",))

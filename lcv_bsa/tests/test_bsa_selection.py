@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import lcv_bsa.selection as selection_module
+import lcv_bsa.choosing as choosing
 from lcv_bsa import BlockLayout, BlockSelection, select_blocks
+from lcv_bsa.choosing import kept_blocks
 from lcv_bsa.layout import token_blocks
-from lcv_bsa.selection import kept_blocks
 from lcv_bsa.testing import random_qkv, random_selection
 
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ def test_slices_of_rows_join_to_the_same_selection(monkeypatch: pytest.MonkeyPat
     grid = (8, 8, 8)
     q, k, _ = random_qkv(grid, generator=seeded(), heads=2)
     whole = select_blocks(q, k, grid, grid, (2, 2, 4), cdf_threshold=0.5, top_k=2)
-    monkeypatch.setattr(selection_module, "_SCORES_AT_ONCE", 3 * 2 * 32)
+    monkeypatch.setattr(choosing, "_SCORES_AT_ONCE", 3 * 2 * 32)
     parts = select_blocks(q, k, grid, grid, (2, 2, 4), cdf_threshold=0.5, top_k=2)
     assert whole.counts.unique().numel() > 1
     assert torch.equal(whole.indices, parts.indices) and torch.equal(whole.counts, parts.counts)

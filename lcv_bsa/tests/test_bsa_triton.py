@@ -9,7 +9,6 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed; pip install triton to run its kernels", allow_module_level=True)
 
 from lcv_bsa import block_sparse_attention
-from lcv_bsa.backends.triton import attention as launcher
 from lcv_bsa.reference import reference_attention
 from lcv_bsa.selection import BlockSelection
 from lcv_bsa.testing import Results, random_qkv, random_selection, run_with_gradients
@@ -102,8 +101,8 @@ def test_strides_are_walked(generator: torch.Generator) -> None:
 def test_every_output_is_written(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs start as NaN instead of whatever memory held."""
     empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(launcher.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(launcher.torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
     got, exact = both(*make(generator, grid_q=(5, 6, 7)))
     assert max(errors(got, exact).values()) <= 1e-5
 

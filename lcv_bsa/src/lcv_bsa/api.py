@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from lcv_bsa.backends import resolve
+from lcv_bsa.choosing import kept_blocks
 from lcv_bsa.layout import BlockLayout, as_triple
-from lcv_bsa.selection import BlockSelection, kept_blocks, select
+from lcv_bsa.ops import select
+from lcv_bsa.selection import BlockSelection
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -107,7 +109,8 @@ def block_sparse_attention(
     q: [B, H, Sq, D]; k, v: [B, Hkv, Skv, D]; one dtype (fp16, bf16, fp32, fp64), one device; tokens in raster order
         of the selection's grids. Query head h reads kv head h // (H / Hkv). Any strides.
     sel: for the same B and H, on the same device. scale: None for D ** -0.5.
-    backend: "auto", "cpu" (gathers blocks; any device) or "reference" (dense; small inputs).
+    backend: "auto", "cpu" (gathers blocks; any device), "triton" (GPUs), "flex" (FlexAttention) or "reference" (dense;
+        small inputs); the README has the whole table. A named one is used or refused, never replaced.
 
     Returns o [B, H, Sq, D] in q's dtype; with return_lse also lse [B, H, Sq], natural log, fp32 (fp64 for fp64).
     Both are differentiable in q, k and v. Softmax statistics and sums are fp32 (fp64 for fp64). Raises ValueError.
@@ -122,10 +125,64 @@ def block_sparse_attention(
     if sel.indices.device != q.device:
         raise ValueError(f"sel must be on {q.device} as q, got {sel.indices.device}; try sel.to(q.device)")
     attend = resolve(backend, q, k, v, sel).attend
-    o, lse = attend(q, k, v, sel, scale=_checked_scale(scale, q.shape[-1]))
-    return (o, lse) if return_lse else o
+    o, lse = attend(q, k, v, sel, scale=_checked_scale(scale, q.shape[-1]), return_lse=return_lse)
+    return o if lse is None or not return_lse else (o, lse)
 
 
+@overload
+def bsa_3d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid_q: Sequence[int],
+    grid_k: Sequence[int] | None = None,
+    *,
+    block_q: Sequence[int] = (4, 4, 4),
+    block_k: Sequence[int] | None = None,
+    keep: float | None = 0.0625,
+    top_k: int | None = None,
+    cdf_threshold: float | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    layout: Literal["bhsd", "bshd"] = "bhsd",
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def bsa_3d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid_q: Sequence[int],
+    grid_k: Sequence[int] | None = None,
+    *,
+    block_q: Sequence[int] = (4, 4, 4),
+    block_k: Sequence[int] | None = None,
+    keep: float | None = 0.0625,
+    top_k: int | None = None,
+    cdf_threshold: float | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    layout: Literal["bhsd", "bshd"] = "bhsd",
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def bsa_3d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid_q: Sequence[int],
+    grid_k: Sequence[int] | None = None,
+    *,
+    block_q: Sequence[int] = (4, 4, 4),
+    block_k: Sequence[int] | None = None,
+    keep: float | None = 0.0625,
+    top_k: int | None = None,
+    cdf_threshold: float | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    layout: Literal["bhsd", "bshd"] = "bhsd",
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def bsa_3d(
     q: Tensor,
     k: Tensor,
@@ -167,10 +224,10 @@ def bsa_3d(
         cdf_threshold=cdf_threshold,
         scale=scale,
     )
-    o, lse = block_sparse_attention(q, k, v, sel, scale=scale, backend=backend, return_lse=True)
-    if layout == "bshd":
-        o = o.transpose(1, 2)
-    return (o, lse) if return_lse else o
+    given = block_sparse_attention(q, k, v, sel, scale=scale, backend=backend, return_lse=return_lse)
+    if layout == "bhsd":
+        return given
+    return (given[0].transpose(1, 2), given[1]) if isinstance(given, tuple) else given.transpose(1, 2)
 
 
 def _check_pair(q: Tensor, k: Tensor, layout_q: BlockLayout, layout_k: BlockLayout) -> None:

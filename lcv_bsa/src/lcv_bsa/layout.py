@@ -17,9 +17,14 @@ Triple = tuple[int, int, int]
 def as_triple(name: str, value: Sequence[int]) -> Triple:
     """`value` as three positive ints. Raises ValueError that names `name`."""
     values = tuple(value) if isinstance(value, Sequence) else ()
-    if len(values) != 3 or not all(type(n) is int and n > 0 for n in values):
+    if len(values) != 3 or not all(_is_int(n) and n > 0 for n in values):
         raise ValueError(f"{name} must be three positive ints (T, H, W), got {value!r}")
     return values[0], values[1], values[2]
+
+
+def _is_int(value: object) -> bool:
+    # torch.export hands in sizes that it does not know yet as SymInt
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

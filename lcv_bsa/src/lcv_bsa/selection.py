@@ -1,21 +1,12 @@
-"""Which key blocks each query block attends to, and how they are chosen."""
+"""Which key blocks each query block attends to."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from math import floor
 
 import torch
 from torch import Tensor
 
-from lcv_bsa.layout import BlockLayout, Triple, as_triple, block_means
-from lcv_bsa.precision import no_autocast
-
-# Scores live a slice of rows at a time: all of them at once would be 0.9 GB at 720p, and their sort twice that.
-_SCORES_AT_ONCE = 1 << 24
-
-# keep * N may fall short of a whole number by rounding alone: (1 - 0.9) * 10 is 0.9999999999999998.
-_ROUNDING = 1e-6
+from lcv_bsa.layout import BlockLayout, Triple, as_triple
 
 
 @dataclass(frozen=True)
@@ -53,6 +44,8 @@ class BlockSelection:
     uniform: bool = False
 
     def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():
+            return  # K may have no value yet
         for name in ("grid_q", "grid_k", "block_q", "block_k"):
             object.__setattr__(self, name, as_triple(name, getattr(self, name)))
         shape = tuple(self.indices.shape)
@@ -67,12 +60,12 @@ class BlockSelection:
         if self.indices.device != self.counts.device:
             raise ValueError(f"counts must be on {self.indices.device} as indices are, got {self.counts.device}")
 
-    @cached_property
+    @property
     def layout_q(self) -> BlockLayout:
         """Layout of the query tokens."""
         return BlockLayout(self.grid_q, self.block_q)
 
-    @cached_property
+    @property
     def layout_k(self) -> BlockLayout:
         """Layout of the key tokens."""
         return BlockLayout(self.grid_k, self.block_k)
@@ -139,7 +132,7 @@ class BlockSelection:
         if (counts == 0).any():
             raise ValueError("mask must keep at least one key block per query block, got a row with none")
         width = int(counts.max())
-        return cls(_mask_to_indices(mask, width), counts, *grids, *blocks, uniform=bool((counts == width).all()))
+        return cls(mask_to_indices(mask, width), counts, *grids, *blocks, uniform=bool((counts == width).all()))
 
     def to_mask(self) -> Tensor:
         """Block mask, bool [B, H, Nq, Nk]: the inverse of `from_mask`."""
@@ -166,77 +159,7 @@ class BlockSelection:
         return replace(self, indices=self.indices.to(device), counts=self.counts.to(device))
 
 
-def kept_blocks(keep: float, num_blocks: int) -> int:
-    """floor(keep * num_blocks), not one less when the product is whole but for float rounding. May be 0."""
-    return floor(keep * num_blocks + _ROUNDING)
-
-
-def select(
-    q: Tensor,
-    k: Tensor,
-    layout_q: BlockLayout,
-    layout_k: BlockLayout,
-    *,
-    least: int,
-    cdf_threshold: float | None,
-    scale: float,
-) -> BlockSelection:
-    """`api.select_blocks` past its checks: `least` blocks per row, or more where the cdf asks for more."""
-    with torch.no_grad(), no_autocast(q.device):
-        mean_q = block_means(q, layout_q)  # [B, H, Nq, D]
-        mean_k = block_means(k, layout_k).repeat_interleave(q.shape[1] // k.shape[1], 1)  # [B, H, Nk, D]
-        rows = max(1, _SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * layout_k.num_blocks))
-        parts: list[tuple[Tensor, Tensor]] = []
-        for mean in mean_q.split(rows, 2):
-            scores = _finite(mean @ mean_k.mT)
-            if cdf_threshold is None:
-                mask, width = _top_k_mask(scores, least), least
-            else:
-                mask = _cdf_mask(scores * scale, least, cdf_threshold)
-                width = int(mask.sum(-1).max())
-            parts.append((_mask_to_indices(mask, width), mask.sum(-1, dtype=torch.int32)))
-    width = max(indices.shape[-1] for indices, _ in parts)
-    # the last entry of a row is its last valid id: repeating it widens the row
-    widened = [torch.cat([i, i[..., -1:].expand(*i.shape[:3], width - i.shape[3])], -1) for i, _ in parts]
-    return BlockSelection(
-        torch.cat(widened, 2),
-        torch.cat([counts for _, counts in parts], 2),
-        layout_q.grid,
-        layout_k.grid,
-        layout_q.block,
-        layout_k.block,
-        uniform=cdf_threshold is None,
-    )
-
-
-def _finite(scores: Tensor) -> Tensor:
-    """NaN ranks last, with -inf; an order and a softmax exist for every row."""
-    limits = torch.finfo(scores.dtype)
-    return scores.nan_to_num(limits.min, limits.max, limits.min)
-
-
-def _top_k_mask(scores: Tensor, count: int) -> Tensor:
-    """The `count` largest scores [..., Nk] of each row, ties to the lower id.
-
-    torch.topk leaves ties open, so it gives only the smallest kept score; what equals it is taken from the left.
-    """
-    smallest = scores.topk(count, -1).values[..., -1:]
-    above, ties = scores > smallest, scores == smallest
-    wanted = count - above.sum(-1, keepdim=True, dtype=torch.int32)
-    return above | (ties & (ties.cumsum(-1, dtype=torch.int32) <= wanted))
-
-
-def _cdf_mask(scaled: Tensor, least: int, threshold: float) -> Tensor:
-    """As many of the largest as have a cumulative probability <= threshold, and no fewer than `least`."""
-    ordered, order = _finite(scaled).sort(dim=-1, descending=True, stable=True)
-    # a sum of probabilities passes 1 by rounding alone
-    sums = ordered.softmax(-1).cumsum(-1).clamp(max=1)
-    counts = (sums <= threshold).sum(-1, keepdim=True).clamp(min=least)
-    ranks = torch.arange(scaled.shape[-1], device=scaled.device)
-    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, ranks < counts)
-
-
-def _mask_to_indices(mask: Tensor, width: int) -> Tensor:
+def mask_to_indices(mask: Tensor, width: int) -> Tensor:
     """Ascending ids of the True entries, int32 [..., width], padded with the last of them."""
     num_blocks = mask.shape[-1]
     # distinct keys that fall as ids rise: their topk is an ascending list without a host sync or a tie

@@ -3,27 +3,31 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from lcv_bsa.ops import Kernels, attention
 from lcv_bsa.selection import BlockSelection
 
 logger = logging.getLogger("lcv_bsa")
 
 
 class Attend(Protocol):
-    """o [B, H, Sq, D] in q's dtype and lse [B, H, Sq] in fp32 (fp64 for fp64), from checked inputs."""
+    """o [B, H, Sq, D] in q's dtype and lse [B, H, Sq] in fp32 (fp64 for fp64), from checked inputs; differentiable.
+
+    lse may be None where it was not asked for.
+    """
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float
-    ) -> tuple[Tensor, Tensor]: ...
+        self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
-Refusal = Callable[[Tensor, Tensor, Tensor, BlockSelection], str | None]
-
-
-def _takes_all(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> str | None:
+def takes_all(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> str | None:
+    """The refusal of a backend that refuses nothing."""
     return None
 
 
@@ -32,38 +36,57 @@ class Backend:
     """An implementation, and why it refuses an input (None where it takes it)."""
 
     attend: Attend
-    refusal: Refusal = _takes_all
+    refusal: Callable[[Tensor, Tensor, Tensor, BlockSelection], str | None] = takes_all
 
 
-def _load_cpu() -> Backend:
-    from lcv_bsa.backends.gather import gather_attention
+def load_kernels(name: str) -> Kernels:
+    """The kernels that the operators of `lcv_bsa.ops` call by this name. Raises ImportError with the reason."""
+    if name == "cpu":
+        from lcv_bsa.backends import gather
 
-    return Backend(gather_attention)
+        return Kernels(gather.forward, gather.backward, takes_all)
+    try:
+        from lcv_bsa.backends import triton
+    except ImportError as error:
+        raise ImportError(f"it needs Triton ({error}); pip install triton") from error
+    return triton.KERNELS[name]
+
+
+def _through_operator(name: str) -> Backend:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float, return_lse: bool
+    ) -> tuple[Tensor, Tensor]:
+        return attention(q, k, v, selection, scale=scale, kernels=name)
+
+    return Backend(attend, load_kernels(name).refusal)
 
 
 def _load_reference() -> Backend:
     from lcv_bsa.reference import reference_attention
 
-    return Backend(reference_attention)
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float, return_lse: bool
+    ) -> tuple[Tensor, Tensor]:
+        return reference_attention(q, k, v, selection, scale=scale)
+
+    return Backend(attend)
 
 
-def _load_triton() -> Backend:
-    try:
-        from lcv_bsa.backends.triton import refusal, triton_attention
-    except ImportError as error:
-        raise ImportError(f"it needs Triton ({error}); pip install triton") from error
-    return Backend(triton_attention, refusal)
+def _load_flex() -> Backend:
+    from lcv_bsa.backends.flex import flex_block_attention, refusal
+
+    return Backend(flex_block_attention, refusal)
 
 
 # Loaded when first named: an entry may raise ImportError, whose text then is the reason it is unavailable.
 _LOADERS: dict[str, Callable[[], Backend]] = {
-    "cpu": _load_cpu,
-    "triton": _load_triton,
+    "cpu": partial(_through_operator, "cpu"),
+    "triton": partial(_through_operator, "triton"),
+    "flex": _load_flex,
     "reference": _load_reference,
 }
 
-# What "auto" tries, best first. "reference" is left out: its memory is that of dense attention. "triton" is left out
-# until it was measured on a GPU.
+# What "auto" tries, best first. "reference" is left out: its memory is that of dense attention.
 _AUTO: tuple[str, ...] = ("cpu",)
 
 
@@ -90,10 +113,16 @@ def _resolve_auto(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) ->
     for name in _AUTO:
         found = _try(name, q, k, v, selection)
         if isinstance(found, Backend):
-            logger.debug("backend auto: chose %s for q %s %s on %s", name, list(q.shape), q.dtype, q.device)
+            _log("backend auto: chose %s for q %s %s on %s", name, list(q.shape), q.dtype, q.device)
             return found
-        logger.debug("backend auto: passed over %s: %s", name, found)
+        _log("backend auto: passed over %s: %s", name, found)
     raise ValueError(f"backend 'auto' found none that takes q {list(q.shape)} {q.dtype} on {q.device}")
+
+
+def _log(message: str, *values: object) -> None:
+    # a log call would break a compiled graph in two
+    if not torch.compiler.is_compiling():
+        logger.debug(message, *values)
 
 
 def _try(name: str, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> Backend | str:

@@ -1,18 +1,16 @@
 """Backend "cpu": gathers whole key blocks for a few query blocks at a time, then dense products. Runs on any device.
 
-Memory past the inputs is one copy of q, k, v in block order plus one chunk; the backward recomputes each chunk's
-probabilities from lse (Dao et al., FlashAttention, arXiv 2205.14135, algorithm 4) and sums gradients in fp32.
+Memory past the inputs is one copy of q, k, v in block order, in the precision of the statistics, plus one chunk; the
+backward recomputes each chunk's probabilities from lse (Dao et al., FlashAttention, arXiv 2205.14135, algorithm 4).
 On CUDA the sums of dk and dv use atomics: their last bits may differ from run to run.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lcv_bsa.layout import from_blocks, slot_mask, to_blocks
 from lcv_bsa.precision import no_autocast, statistics_dtype
@@ -22,19 +20,85 @@ from lcv_bsa.selection import BlockSelection
 _LOGITS_AT_ONCE_CPU = 1 << 19
 _LOGITS_AT_ONCE = 1 << 26
 
+# No logit beyond this: its exponential is far from overflow and underflow, so a row's peak need not be taken off.
+_SMALL_LOGIT = 60.0
 
-def gather_attention(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Block sparse attention by gathering, see `api.block_sparse_attention`. Differentiable once, lse included."""
-    plan = _Plan.of(selection, kv_heads=k.shape[1])
+
+def forward(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+    """o [B, H, Sq, D] as q, lse [B, H, Sq]."""
+    dtype = statistics_dtype(q.dtype)
     with no_autocast(q.device):
-        qb = to_blocks(q, selection.layout_q)  # [B, H, Nq, n_q, D]
-        kb, vb = (to_blocks(x, selection.layout_k).flatten(0, 2) for x in (k, v))  # [B * Hkv * Nk, n_k, D]
-        o, lse = _GatherAttention.apply(qb.flatten(0, 2), kb, vb, plan, scale)
-        o = from_blocks(o.view(qb.shape), selection.layout_q)
-        lse = from_blocks(lse.view(*qb.shape[:-1], 1), selection.layout_q).squeeze(-1)
-    return o, lse
+        plan = _Plan.of(selection, kv_heads=k.shape[1])
+        # scaled in fp32: in bf16 the product would round before it meets the keys
+        qb = to_blocks(q.to(dtype), selection.layout_q).flatten(0, 2) * scale  # [R, n_q, D]
+        kb, vb = (to_blocks(x.to(dtype), selection.layout_k).flatten(0, 2) for x in (k, v))  # [B * Hkv * Nk, n_k, D]
+        o, lse = torch.empty_like(qb), qb.new_empty(*qb.shape[:2], 1)
+        scratch, lengths = _Scratch(qb), (_lengths(qb), _lengths(kb))
+        for chunk in plan.chunks():
+            qc, out = qb[chunk.rows], scratch.take("o", (len(chunk.keys), *qb.shape[1:]))
+            probs = _logits(qc, scratch.gather("k", kb, chunk), chunk, scratch)
+            # a row that keeps nothing has no finite logit, a total of zero and an lse of -inf
+            peak = (
+                None
+                if _logits_are_small(*lengths, chunk)
+                else probs.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
+            )
+            total = (probs if peak is None else probs.sub_(peak)).exp_().sum(-1, keepdim=True)
+            torch.bmm(probs, scratch.gather("v", vb, chunk), out=out)
+            o[chunk.rows] = out.div_(total.masked_fill(total == 0, 1))
+            lse[chunk.rows] = total.log_() if peak is None else total.log_().add_(peak)
+        blocks = *q.shape[:2], selection.layout_q.num_blocks, selection.layout_q.block_size
+        lse = from_blocks(lse.view(*blocks, 1), selection.layout_q).squeeze(-1)
+        return _laid_as(q, from_blocks(o.view(*blocks, q.shape[-1]), selection.layout_q)), lse
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor, selection: BlockSelection,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv as q, k, v."""
+    dtype, layout_q, layout_k = lse.dtype, selection.layout_q, selection.layout_k
+    with no_autocast(q.device):
+        plan = _Plan.of(selection, kv_heads=k.shape[1])
+        qb, ob, dob, lseb, dlseb = (
+            to_blocks(x.to(dtype), layout_q).flatten(0, 2) for x in (q, o, do, lse[..., None], dlse[..., None])
+        )
+        # softmax's own derivative takes out the row's mean; lse's adds its gradient to every logit
+        qb, meanb = qb * scale, (dob * ob).sum(-1, keepdim=True) - dlseb
+        lseb = lseb.clamp(min=torch.finfo(dtype).min)
+        kb, vb = (to_blocks(x.to(dtype), layout_k).flatten(0, 2) for x in (k, v))
+        dq, dk, dv, scratch = torch.empty_like(qb), torch.zeros_like(kb), torch.zeros_like(vb), _Scratch(qb)
+        for chunk in plan.chunks():
+            qc, doc, keys = qb[chunk.rows], dob[chunk.rows], chunk.keys.flatten()
+            kc = scratch.gather("k", kb, chunk)
+            probs = _logits(qc, kc, chunk, scratch).sub_(lseb[chunk.rows]).exp_()
+            dv.index_add_(0, keys, torch.bmm(probs.mT, doc, out=scratch.take("dkv", kc.shape)).view(-1, *vb.shape[1:]))
+            dlogits = scratch.take("dlogits", tuple(probs.shape))
+            torch.bmm(doc, scratch.gather("v", vb, chunk).mT, out=dlogits)
+            dlogits.sub_(meanb[chunk.rows]).mul_(probs)
+            dq[chunk.rows] = torch.bmm(dlogits, kc).mul_(scale)
+            dk.index_add_(0, keys, torch.bmm(dlogits.mT, qc, out=scratch.take("dkv", kc.shape)).view(-1, *kb.shape[1:]))
+        dq = from_blocks(dq.view(*q.shape[:2], -1, *qb.shape[1:]), layout_q)
+        dk, dv = (from_blocks(x.view(*k.shape[:2], -1, *x.shape[1:]), layout_k) for x in (dk, dv))
+        return _laid_as(q, dq), _laid_as(k, dk), _laid_as(v, dv)
+
+
+def _laid_as(like: Tensor, x: Tensor) -> Tensor:
+    """x in the dtype and memory order of `torch.empty_like(like)`."""
+    out = torch.empty_like(like)
+    return x if x.dtype == out.dtype and x.stride() == out.stride() else out.copy_(x)
+
+
+def _lengths(x: Tensor) -> Tensor | None:
+    """Longest row of each block, [R]; None where to read it back would be to wait for it."""
+    return torch.linalg.vector_norm(x, dim=-1).amax(-1) if x.device.type == "cpu" else None
+
+
+def _logits_are_small(of_q: Tensor | None, of_k: Tensor | None, chunk: "_Chunk") -> bool:
+    """Whether no logit of the chunk can pass _SMALL_LOGIT, from `_lengths` (Cauchy-Schwarz). False for NaN."""
+    if of_q is None or of_k is None:
+        return False
+    return bool(of_q[chunk.rows].max() * of_k[chunk.keys].max() < _SMALL_LOGIT)
 
 
 @dataclass(frozen=True)
@@ -107,81 +171,26 @@ class _Plan:
 class _Scratch:
     """Buffers that all chunks share: a CPU spends a quarter of the time on page faults when each chunk has its own."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
         self._buffers: dict[str, Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Uninitialised, contiguous; valid until `name` is taken again."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < prod(shape):
-            buffer = self._buffers[name] = torch.empty(prod(shape), dtype=dtype, device=self._device)
+            buffer = self._buffers[name] = self._like.new_empty(prod(shape))
         return buffer[: prod(shape)].view(shape)
 
-    def gather(self, name: str, x: Tensor, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
+    def gather(self, name: str, x: Tensor, chunk: _Chunk) -> Tensor:
         """Each row's key blocks side by side: x [B * Hkv * Nk, n_k, D] -> [c, K * n_k, D]."""
         (c, K), (n, D) = chunk.keys.shape, x.shape[1:]
-        gathered = self.take(f"{name} as given", (c * K, n, D), x.dtype)
+        gathered = self.take(name, (c * K, n, D))
         torch.index_select(x, 0, chunk.keys.flatten(), out=gathered)
-        if dtype != x.dtype:
-            gathered = self.take(name, (c * K, n, D), dtype).copy_(gathered)
         return gathered.view(c, K * n, D)
 
 
-class _GatherAttention(torch.autograd.Function):
-    """q [R, n_q, D], k, v [B * Hkv * Nk, n_k, D] -> o [R, n_q, D], lse [R, n_q]."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, scale: float) -> tuple[Tensor, Tensor]:
-        dtype = statistics_dtype(q.dtype)
-        o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=dtype)
-        scratch = _Scratch(q.device)
-        for chunk in plan.chunks():
-            probs, qc, _ = _logits(q, k, chunk, scale, scratch)
-            peak = probs.amax(-1, keepdim=True)
-            total = probs.sub_(peak).exp_().sum(-1, keepdim=True)
-            out = torch.bmm(probs, scratch.gather("v", v, chunk, dtype), out=scratch.take("o", qc.shape, dtype))
-            o[chunk.rows] = out.div_(total).to(q.dtype)
-            lse[chunk.rows] = peak.add_(total.log_()).squeeze(-1)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.plan, ctx.scale = plan, scale
-        return o, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, do: Tensor, dlse: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
-        dtype = lse.dtype
-        dq = torch.empty_like(q)
-        dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (k, v))
-        scratch = _Scratch(q.device)
-        with no_autocast(q.device):
-            for chunk in ctx.plan.chunks():
-                logits, qc, kc = _logits(q, k, chunk, ctx.scale, scratch)
-                lse_c, dlse_c, do_c, o_c = (x[chunk.rows].to(dtype) for x in (lse[..., None], dlse[..., None], do, o))
-                probs, keys = logits.sub_(lse_c).exp_(), chunk.keys.flatten()
-                dkv = torch.bmm(probs.mT, do_c, out=scratch.take("dkv", kc.shape, dtype))
-                dv.index_add_(0, keys, dkv.view(-1, *v.shape[1:]))
-                vc = scratch.gather("v", v, chunk, dtype)
-                dlogits = torch.bmm(do_c, vc.mT, out=scratch.take("dlogits", probs.shape, dtype))
-                # softmax's own derivative takes out the row's mean; lse's adds its gradient to every logit
-                mean = (do_c * o_c).sum(-1, keepdim=True) - dlse_c
-                dlogits.sub_(mean).mul_(probs)
-                dq[chunk.rows] = torch.bmm(dlogits, kc).mul_(ctx.scale).to(q.dtype)
-                dkv = torch.bmm(dlogits.mT, qc, out=scratch.take("dkv", kc.shape, dtype))
-                dk.index_add_(0, keys, dkv.view(-1, *k.shape[1:]))
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
-
-
-def _logits(q: Tensor, k: Tensor, chunk: _Chunk, scale: float, scratch: _Scratch) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled logits [c, n_q, K * n_k], -inf where hidden; and what they came from, q scaled and k gathered."""
-    dtype = statistics_dtype(q.dtype)
-    # scaled in fp32: in bf16 the product would round before it meets the keys
-    qc = q[chunk.rows].to(dtype) * scale
-    kc = scratch.gather("k", k, chunk, dtype)
-    logits = torch.bmm(qc, kc.mT, out=scratch.take("logits", (*qc.shape[:2], kc.shape[1]), dtype))
-    if chunk.hidden is not None:
-        logits.masked_fill_(chunk.hidden, -torch.inf)
-    return logits, qc, kc
+def _logits(q: Tensor, k: Tensor, chunk: _Chunk, scratch: _Scratch) -> Tensor:
+    """[c, n_q, K * n_k] of scaled q [c, n_q, D] and gathered k [c, K * n_k, D]; -inf where hidden."""
+    logits = torch.bmm(q, k.mT, out=scratch.take("logits", (*q.shape[:2], k.shape[1])))
+    return logits if chunk.hidden is None else logits.masked_fill_(chunk.hidden, -torch.inf)

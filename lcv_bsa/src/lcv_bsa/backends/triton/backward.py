@@ -1,98 +1,29 @@
-"""The Triton kernels: forward, and the deterministic two-kernel backward, with plain pointers.
+"""The deterministic two-kernel backward with plain pointers (Dao, arXiv 2307.08691, algorithm 2, split in two).
 
-FlashAttention-2's recurrences (Dao 2023) over the listed blocks. Tokens stay in raster order in memory: a block's
-slots are turned into addresses on the fly, so there is no permutation and no padding, and partial blocks mask the
-slots that hold no token. Statistics are fp32; the softmax scale is applied in fp32 after the dot product, never to a
-rounded operand. Rows of ids ascend, so neighbouring programs meet the same keys at about the same time (L2).
+dq walks a query block's row of ids, dk and dv walk a key block's column (the CSR inverse); neither adds atomically, so
+two runs agree to the bit.
 """
 
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportCallIssue=false
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def block_tokens(block, slots, T, H, W, t: tl.constexpr, h: tl.constexpr, w: tl.constexpr):
-    """Raster token ids (int64) of a block's slots, and which of the slots hold a token."""
-    blocks_h = tl.cdiv(H, h)
-    blocks_w = tl.cdiv(W, w)
-    a = block // (blocks_h * blocks_w) * t + slots // (h * w)
-    b = block // blocks_w % blocks_h * h + slots // w % h
-    c = block % blocks_w * w + slots % w
-    inside = (a < T) & (b < H) & (c < W) & (slots < t * h * w)
-    return ((a * H + b) * W + c).to(tl.int64), inside
-
-
-@triton.jit
-def load_rows(base, tokens, inside, stride, channels, D: tl.constexpr):
-    """[rows, BLOCK_D] of a [S, D] matrix; zeros where there is no token or channel."""
-    return tl.load(
-        base + tokens[:, None] * stride + channels[None, :],
-        mask=inside[:, None] & (channels[None, :] < D),
-        other=0.0,
-    )
-
-
-@triton.jit
-def store_rows(base, tokens, inside, stride, channels, value, D: tl.constexpr):
-    tl.store(
-        base + tokens[:, None] * stride + channels[None, :],
-        value.to(base.dtype.element_ty),
-        mask=inside[:, None] & (channels[None, :] < D),
-    )
-
-
-@triton.jit
-def forward_kernel(
-    q, k, v, o, lse, indices, counts,
-    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s,
-    heads, group, num_q, width, scale,
-    Tq, Hq, Wq, Tk, Hk, Wk,
-    tq: tl.constexpr, hq: tl.constexpr, wq: tl.constexpr, tk: tl.constexpr, hk: tl.constexpr, wk: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTIAL_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK_M query slots of one query block of one head."""
-    tiles_m: tl.constexpr = (tq * hq * wq + BLOCK_M - 1) // BLOCK_M
-    tiles_n: tl.constexpr = (tk * hk * wk + BLOCK_N - 1) // BLOCK_N
-    block, tile, bh = tl.program_id(0) // tiles_m, tl.program_id(0) % tiles_m, tl.program_id(1)
-    batch, head = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    channels = tl.arange(0, BLOCK_D)
-    rows, row_inside = block_tokens(block, tile * BLOCK_M + tl.arange(0, BLOCK_M), Tq, Hq, Wq, tq, hq, wq)
-    q_tile = load_rows(q + batch * q_b + head * q_h, rows, row_inside, q_s, channels, D)
-    k += batch * k_b + head // group * k_h
-    v += batch * v_b + head // group * v_h
-    row = bh.to(tl.int64) * num_q + block
-    count = tl.load(counts + row)
-    indices += row * width
-
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for j in range(count):
-        key_block = tl.load(indices + j)
-        for n in tl.static_range(tiles_n):
-            keys, key_inside = block_tokens(key_block, n * BLOCK_N + tl.arange(0, BLOCK_N), Tk, Hk, Wk, tk, hk, wk)
-            k_tile = load_rows(k, keys, key_inside, k_s, channels, D)
-            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
-            if PARTIAL_K:
-                s = tl.where(key_inside[None, :], s, float("-inf"))
-            new_top = tl.maximum(top, tl.max(s, 1))
-            # A tile of a partial block may hold no key at all: then nothing has been seen and -inf - -inf is NaN.
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top) if PARTIAL_K else new_top
-            p = tl.exp2(s - shift[:, None])
-            keep = tl.exp2(top - shift)
-            total = total * keep + tl.sum(p, 1)
-            v_tile = load_rows(v, keys, key_inside, v_s, channels, D)
-            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * keep[:, None], input_precision=PRECISION)
-            top = new_top
-    store_rows(o + batch * o_b + head * o_h, rows, row_inside, o_s, channels, acc / total[:, None], D)
-    lse += bh.to(tl.int64) * Tq * Hq * Wq
-    tl.store(lse + rows, (top + tl.log2(total)) * LN2, mask=row_inside)
+from lcv_bsa.backends.triton.common import (
+    LOG2E,
+    block_tokens,
+    dense_channels,
+    has_empty_slots,
+    load_rows,
+    precision,
+    shape_arguments,
+    store_rows,
+    strides,
+)
+from lcv_bsa.backends.triton.tuning import backward_tiles
+from lcv_bsa.selection import BlockSelection
 
 
 @triton.jit
@@ -194,3 +125,31 @@ def dkv_kernel(
                 dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
     store_rows(dk + batch * dk_b + kv_head * dk_h, keys, key_inside, dk_s, channels, dk_acc * scale, D)
     store_rows(dv + batch * dv_b + kv_head * dv_h, keys, key_inside, dv_s, channels, dv_acc, D)
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor, selection: BlockSelection,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv as q, k, v. do, dlse: gradients of o and lse."""
+    q, k, v, do = (dense_channels(x) for x in (q, k, v, do))
+    B, H, _, D = q.shape
+    group = H // k.shape[1]
+    delta = (o.float() * do.float()).sum(-1) - dlse.float()
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    inverse = selection.inverse()
+    layout_q, layout_k = selection.layout_q, selection.layout_k
+    for_dq, for_dkv = backward_tiles(q, selection)
+    dq_kernel[(layout_q.num_blocks * triton.cdiv(layout_q.block_size, for_dq.m), B * H)](
+        q, k, v, do, dq, lse, delta, selection.indices.contiguous(), selection.counts.contiguous(),
+        *strides(q, k, v, do, dq), H, group, layout_q.num_blocks, selection.indices.shape[-1], scale,
+        PARTIAL_K=has_empty_slots(layout_k.is_full, layout_k.block_size, for_dq.n),
+        PRECISION=precision(q), **shape_arguments(selection, D, for_dq),
+    )  # fmt: skip
+    dkv_kernel[(layout_k.num_blocks * triton.cdiv(layout_k.block_size, for_dkv.n), B * k.shape[1])](
+        q, k, v, do, dk, dv, lse, delta, inverse.offsets, inverse.rows, *strides(q, k, v, do, dk, dv),
+        k.shape[1], group, layout_k.num_blocks, scale,
+        PARTIAL_Q=has_empty_slots(layout_q.is_full, layout_q.block_size, for_dkv.m),
+        PRECISION=precision(q), **shape_arguments(selection, D, for_dkv),
+    )  # fmt: skip
+    return dq, dk, dv

@@ -93,3 +93,9 @@ def run_with_gradients(
     o, lse = attend(*leaves)
     dq, dk, dv = torch.autograd.grad((o, lse), leaves, (do.to(o.dtype), dlse.to(lse.dtype)))
     return Results(o.detach(), lse.detach(), dq, dk, dv)
+
+
+def largest_errors(found: Results, exact: Results) -> dict[str, float]:
+    """For each result the largest difference over the largest exact value (1e-3 where that is smaller)."""
+    pairs = zip(Results._fields, found, exact)
+    return {name: ((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-3)).item() for name, a, b in pairs}

@@ -39,6 +39,10 @@ class Backend:
     refusal: Callable[[Tensor, Tensor, Tensor, BlockSelection], str | None] = takes_all
 
 
+# "triton" takes the best of the others for the device and the layout; the README has a line on each.
+_TRITON = ("triton",)
+
+
 def load_kernels(name: str) -> Kernels:
     """The kernels that the operators of `lcv_bsa.ops` call by this name. Raises ImportError with the reason."""
     if name == "cpu":
@@ -80,14 +84,14 @@ def _load_flex() -> Backend:
 
 # Loaded when first named: an entry may raise ImportError, whose text then is the reason it is unavailable.
 _LOADERS: dict[str, Callable[[], Backend]] = {
-    "cpu": partial(_through_operator, "cpu"),
-    "triton": partial(_through_operator, "triton"),
+    **{name: partial(_through_operator, name) for name in ("cpu", *_TRITON)},
     "flex": _load_flex,
     "reference": _load_reference,
 }
 
-# What "auto" tries, best first. "reference" is left out: its memory is that of dense attention.
-_AUTO: tuple[str, ...] = ("cpu",)
+# What "auto" tries on a type of device, best first. "reference" is left out: its memory is that of dense attention.
+_AUTO: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cpu")}
+_AUTO_ELSEWHERE: tuple[str, ...] = ("cpu",)
 
 
 def available_backends(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> list[str]:
@@ -110,7 +114,7 @@ def resolve(name: str, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelectio
 
 
 def _resolve_auto(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> Backend:
-    for name in _AUTO:
+    for name in _AUTO.get(q.device.type, _AUTO_ELSEWHERE):
         found = _try(name, q, k, v, selection)
         if isinstance(found, Backend):
             _log("backend auto: chose %s for q %s %s on %s", name, list(q.shape), q.dtype, q.device)

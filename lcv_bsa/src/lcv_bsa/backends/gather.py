@@ -29,14 +29,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: f
     dtype = statistics_dtype(q.dtype)
     with no_autocast(q.device):
         plan = _Plan.of(selection, kv_heads=k.shape[1])
-        # scaled in fp32: in bf16 the product would round before it meets the keys
-        qb = to_blocks(q.to(dtype), selection.layout_q).flatten(0, 2) * scale  # [R, n_q, D]
+        qb = to_blocks(q.to(dtype), selection.layout_q).flatten(0, 2)  # [R, n_q, D]
         kb, vb = (to_blocks(x.to(dtype), selection.layout_k).flatten(0, 2) for x in (k, v))  # [B * Hkv * Nk, n_k, D]
         o, lse = torch.empty_like(qb), qb.new_empty(*qb.shape[:2], 1)
-        scratch, lengths = _Scratch(qb), (_lengths(qb), _lengths(kb))
+        scratch, lengths = _Scratch(qb), (_lengths(qb, scale), _lengths(kb, 1.0))
         for chunk in plan.chunks():
             qc, out = qb[chunk.rows], scratch.take("o", (len(chunk.keys), *qb.shape[1:]))
-            probs = _logits(qc, scratch.gather("k", kb, chunk), chunk, scratch)
+            probs = _logits(qc, scratch.gather("k", kb, chunk), chunk, scale, scratch)
             # a row that keeps nothing has no finite logit, a total of zero and an lse of -inf
             peak = (
                 None
@@ -64,20 +63,20 @@ def backward(
             to_blocks(x.to(dtype), layout_q).flatten(0, 2) for x in (q, o, do, lse[..., None], dlse[..., None])
         )
         # softmax's own derivative takes out the row's mean; lse's adds its gradient to every logit
-        qb, meanb = qb * scale, (dob * ob).sum(-1, keepdim=True) - dlseb
-        lseb = lseb.clamp(min=torch.finfo(dtype).min)
+        meanb, lseb = (dob * ob).sum(-1, keepdim=True) - dlseb, lseb.clamp(min=torch.finfo(dtype).min)
         kb, vb = (to_blocks(x.to(dtype), layout_k).flatten(0, 2) for x in (k, v))
         dq, dk, dv, scratch = torch.empty_like(qb), torch.zeros_like(kb), torch.zeros_like(vb), _Scratch(qb)
         for chunk in plan.chunks():
             qc, doc, keys = qb[chunk.rows], dob[chunk.rows], chunk.keys.flatten()
             kc = scratch.gather("k", kb, chunk)
-            probs = _logits(qc, kc, chunk, scratch).sub_(lseb[chunk.rows]).exp_()
+            probs = _logits(qc, kc, chunk, scale, scratch).sub_(lseb[chunk.rows]).exp_()
             dv.index_add_(0, keys, torch.bmm(probs.mT, doc, out=scratch.take("dkv", kc.shape)).view(-1, *vb.shape[1:]))
             dlogits = scratch.take("dlogits", tuple(probs.shape))
             torch.bmm(doc, scratch.gather("v", vb, chunk).mT, out=dlogits)
             dlogits.sub_(meanb[chunk.rows]).mul_(probs)
-            dq[chunk.rows] = torch.bmm(dlogits, kc).mul_(scale)
+            dq[chunk.rows] = torch.bmm(dlogits, kc)
             dk.index_add_(0, keys, torch.bmm(dlogits.mT, qc, out=scratch.take("dkv", kc.shape)).view(-1, *kb.shape[1:]))
+        dq, dk = dq.mul_(scale), dk.mul_(scale)
         dq = from_blocks(dq.view(*q.shape[:2], -1, *qb.shape[1:]), layout_q)
         dk, dv = (from_blocks(x.view(*k.shape[:2], -1, *x.shape[1:]), layout_k) for x in (dk, dv))
         return _laid_as(q, dq), _laid_as(k, dk), _laid_as(v, dv)
@@ -89,9 +88,9 @@ def _laid_as(like: Tensor, x: Tensor) -> Tensor:
     return x if x.dtype == out.dtype and x.stride() == out.stride() else out.copy_(x)
 
 
-def _lengths(x: Tensor) -> Tensor | None:
-    """Longest row of each block, [R]; None where to read it back would be to wait for it."""
-    return torch.linalg.vector_norm(x, dim=-1).amax(-1) if x.device.type == "cpu" else None
+def _lengths(x: Tensor, scale: float) -> Tensor | None:
+    """Longest row of each block, scaled, [R]; None where to read it back would be to wait for it."""
+    return torch.linalg.vector_norm(x, dim=-1).amax(-1) * scale if x.device.type == "cpu" else None
 
 
 def _logits_are_small(of_q: Tensor | None, of_k: Tensor | None, chunk: "_Chunk") -> bool:
@@ -190,7 +189,9 @@ class _Scratch:
         return gathered.view(c, K * n, D)
 
 
-def _logits(q: Tensor, k: Tensor, chunk: _Chunk, scratch: _Scratch) -> Tensor:
-    """[c, n_q, K * n_k] of scaled q [c, n_q, D] and gathered k [c, K * n_k, D]; -inf where hidden."""
-    logits = torch.bmm(q, k.mT, out=scratch.take("logits", (*q.shape[:2], k.shape[1])))
+def _logits(q: Tensor, k: Tensor, chunk: _Chunk, scale: float, scratch: _Scratch) -> Tensor:
+    """Scaled [c, n_q, K * n_k] of q [c, n_q, D] and gathered k [c, K * n_k, D]; -inf where hidden."""
+    logits = scratch.take("logits", (*q.shape[:2], k.shape[1]))
+    # with beta = 0 what the memory held is not read; the scale is applied in fp32, after the sum
+    torch.baddbmm(logits, q, k.mT, beta=0, alpha=scale, out=logits)
     return logits if chunk.hidden is None else logits.masked_fill_(chunk.hidden, -torch.inf)

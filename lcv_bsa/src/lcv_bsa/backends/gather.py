@@ -29,23 +29,24 @@ def forward(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: f
     dtype = statistics_dtype(q.dtype)
     with no_autocast(q.device):
         plan = _Plan.of(selection, kv_heads=k.shape[1])
-        qb = to_blocks(q.to(dtype), selection.layout_q).flatten(0, 2)  # [R, n_q, D]
+        qb = plan.sorted(to_blocks(q.to(dtype), selection.layout_q).flatten(0, 2))  # [R, n_q, D]
         kb, vb = (to_blocks(x.to(dtype), selection.layout_k).flatten(0, 2) for x in (k, v))  # [B * Hkv * Nk, n_k, D]
         o, lse = torch.empty_like(qb), qb.new_empty(*qb.shape[:2], 1)
         scratch, lengths = _Scratch(qb), (_lengths(qb, scale), _lengths(kb, 1.0))
         for chunk in plan.chunks():
-            qc, out = qb[chunk.rows], scratch.take("o", (len(chunk.keys), *qb.shape[1:]))
-            probs = _logits(qc, scratch.gather("k", kb, chunk), chunk, scale, scratch)
-            # a row that keeps nothing has no finite logit, a total of zero and an lse of -inf
-            peak = (
-                None
-                if _logits_are_small(*lengths, chunk)
-                else probs.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
-            )
-            total = (probs if peak is None else probs.sub_(peak)).exp_().sum(-1, keepdim=True)
-            torch.bmm(probs, scratch.gather("v", vb, chunk), out=out)
-            o[chunk.rows] = out.div_(total.masked_fill(total == 0, 1))
-            lse[chunk.rows] = total.log_() if peak is None else total.log_().add_(peak)
+            probs = _logits(qb[chunk.rows], scratch.gather("k", kb, chunk), chunk, scale, scratch)
+            peak = None
+            if not _logits_are_small(*lengths, chunk):
+                # a row that keeps nothing has no finite logit, a total of zero and an lse of -inf
+                peak = probs.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
+                probs.sub_(peak)
+            total = torch.sum(probs.exp_(), -1, keepdim=True, out=lse[chunk.rows])
+            out = torch.bmm(probs, scratch.gather("v", vb, chunk), out=o[chunk.rows])
+            out.div_(total.masked_fill(total == 0, 1))
+            total.log_()
+            if peak is not None:
+                total.add_(peak)
+        o, lse = plan.unsorted(o), plan.unsorted(lse)
         blocks = *q.shape[:2], selection.layout_q.num_blocks, selection.layout_q.block_size
         lse = from_blocks(lse.view(*blocks, 1), selection.layout_q).squeeze(-1)
         return _laid_as(q, from_blocks(o.view(*blocks, q.shape[-1]), selection.layout_q)), lse
@@ -60,7 +61,8 @@ def backward(
     with no_autocast(q.device):
         plan = _Plan.of(selection, kv_heads=k.shape[1])
         qb, ob, dob, lseb, dlseb = (
-            to_blocks(x.to(dtype), layout_q).flatten(0, 2) for x in (q, o, do, lse[..., None], dlse[..., None])
+            plan.sorted(to_blocks(x.to(dtype), layout_q).flatten(0, 2))
+            for x in (q, o, do, lse[..., None], dlse[..., None])
         )
         # softmax's own derivative takes out the row's mean; lse's adds its gradient to every logit
         meanb, lseb = (dob * ob).sum(-1, keepdim=True) - dlseb, lseb.clamp(min=torch.finfo(dtype).min)
@@ -74,9 +76,9 @@ def backward(
             dlogits = scratch.take("dlogits", tuple(probs.shape))
             torch.bmm(doc, scratch.gather("v", vb, chunk).mT, out=dlogits)
             dlogits.sub_(meanb[chunk.rows]).mul_(probs)
-            dq[chunk.rows] = torch.bmm(dlogits, kc)
+            torch.bmm(dlogits, kc, out=dq[chunk.rows])
             dk.index_add_(0, keys, torch.bmm(dlogits.mT, qc, out=scratch.take("dkv", kc.shape)).view(-1, *kb.shape[1:]))
-        dq, dk = dq.mul_(scale), dk.mul_(scale)
+        dq, dk = plan.unsorted(dq.mul_(scale)), dk.mul_(scale)
         dq = from_blocks(dq.view(*q.shape[:2], -1, *qb.shape[1:]), layout_q)
         dk, dv = (from_blocks(x.view(*k.shape[:2], -1, *x.shape[1:]), layout_k) for x in (dk, dv))
         return _laid_as(q, dq), _laid_as(k, dk), _laid_as(v, dv)
@@ -102,21 +104,24 @@ def _logits_are_small(of_q: Tensor | None, of_k: Tensor | None, chunk: "_Chunk")
 
 @dataclass(frozen=True)
 class _Chunk:
-    """rows: c query blocks, int64 [c] or a slice. keys: key blocks, int64 [c, K]. hidden: bool [c, 1, K * n_k]."""
+    """rows: c query blocks. keys: their key blocks, int64 [c, K]. hidden: bool [c, 1, K * n_k]."""
 
-    rows: Tensor | slice
+    rows: slice
     keys: Tensor
     hidden: Tensor | None
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The order of work. A row is a query block of any batch entry and head: R = B * H * Nq of them."""
+    """The order of work. A row is a query block of any batch entry and head: R = B * H * Nq of them.
+
+    Rows are sorted by rising count, so that a chunk is no wider than it must; where counts are equal they stay.
+    """
 
     indices: Tensor  # int32 [R, K], ids within a head
     counts: Tensor  # int32 [R]
     first: Tensor  # int64 [R], the first key block of the row's kv head
-    order: Tensor | None  # int64 [R], rows by rising count, so that a chunk is no wider than it must; None: as they lie
+    order: Tensor | None  # int64 [R], which row comes when; None: as they lie
     widths: list[int]  # key blocks per row, of each chunk
     step: int  # rows per chunk
     block_size: int  # n_k
@@ -128,35 +133,32 @@ class _Plan:
         device = selection.indices.device
         limit = _LOGITS_AT_ONCE_CPU if device.type == "cpu" else _LOGITS_AT_ONCE
         step = max(1, limit // (selection.layout_q.block_size * K * selection.layout_k.block_size))
-        counts = selection.counts.flatten()
-        rows = torch.arange(B * H * Nq, device=device)
-        heads = rows // Nq
-        kv = heads // H * kv_heads + heads % H // (H // kv_heads)
-        if selection.uniform:
-            order, widths = None, [K] * -(-len(rows) // step)
-        else:
+        indices, counts = selection.indices.reshape(-1, K), selection.counts.flatten()
+        heads = torch.arange(B * H * Nq, device=device) // Nq
+        first = (heads // H * kv_heads + heads % H // (H // kv_heads)) * selection.layout_k.num_blocks
+        order, widths = None, [K] * -(-len(heads) // step)
+        if not selection.uniform:
             order = counts.argsort(stable=True)
-            widths = torch.stack([part[-1] for part in counts[order].split(step)]).tolist()
-        return cls(
-            indices=selection.indices.reshape(-1, K),
-            counts=counts,
-            first=kv * selection.layout_k.num_blocks,
-            order=order,
-            widths=widths,
-            step=step,
-            block_size=selection.layout_k.block_size,
-            slots=None if selection.layout_k.is_full else slot_mask(selection.layout_k, device),
-        )
+            indices, counts, first = indices[order], counts[order], first[order]
+            widths = torch.stack([part[-1] for part in counts.split(step)]).clamp(min=1).tolist()
+        slots = None if selection.layout_k.is_full else slot_mask(selection.layout_k, device)
+        return cls(indices, counts, first, order, widths, step, selection.layout_k.block_size, slots)
+
+    def sorted(self, x: Tensor) -> Tensor:
+        """x [R, ...] in the order of work."""
+        return x if self.order is None else x[self.order]
+
+    def unsorted(self, x: Tensor) -> Tensor:
+        """Inverse of `sorted`."""
+        return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
 
     def chunks(self) -> Iterator[_Chunk]:
         for i, width in enumerate(self.widths):
             rows = slice(i * self.step, (i + 1) * self.step)
-            if self.order is not None:
-                rows = self.order[rows]
             ids = self.indices[rows, :width].long()  # [c, K]
             yield _Chunk(rows, ids + self.first[rows, None], self._hidden(rows, ids))
 
-    def _hidden(self, rows: Tensor | slice, ids: Tensor) -> Tensor | None:
+    def _hidden(self, rows: slice, ids: Tensor) -> Tensor | None:
         """Keys without a token: entries past a row's count, and empty slots of partial blocks."""
         if self.order is None and self.slots is None:
             return None

@@ -53,7 +53,9 @@ def test_outputs_lie_in_memory_as_the_inputs(strided: bool) -> None:
 @pytest.mark.parametrize("cdf_threshold", [None, 0.4])
 def test_select_passes_opcheck(cdf_threshold: float | None) -> None:
     (q, k, _), _ = inputs()
-    torch.library.opcheck(torch.ops.lcv_bsa.select.default, (q.detach(), k.detach(), GEOMETRY, 2, cdf_threshold, 0.3))
+    torch.library.opcheck(
+        torch.ops.lcv_bsa.select.default, (q.detach(), k.detach(), GEOMETRY, 2, cdf_threshold, 0.3, "auto")
+    )
 
 
 def both_gradients(f: Callable[..., Tensor], compiled: Callable[..., Tensor], *args: Tensor) -> None:

@@ -64,7 +64,7 @@ def rows_of(sel: BlockSelection) -> list[list[int]]:
         ({"top_k": 5, "keep": 0.5}, 5, None),
         ({"keep": 0.01}, 1, None),
         ({"keep": 0.01, "min_blocks": 3}, 3, None),
-        ({"top_k": 99}, 8, None),
+        ({"top_k": 8, "min_blocks": 99}, 8, None),
         ({"cdf_threshold": 0.6}, 1, 0.6),
         ({"cdf_threshold": 0.01}, 1, 0.01),
         ({"cdf_threshold": 0.01, "min_blocks": 2}, 2, 0.01),
@@ -228,6 +228,7 @@ def test_from_mask_refuses() -> None:
         ({"cdf_threshold": 1.1}, r"cdf_threshold must be in \(0, 1\], got 1.1"),
         ({"top_k": 0}, r"top_k must be an int >= 1, got 0"),
         ({"top_k": 2.0}, r"top_k must be an int >= 1, got 2.0"),
+        ({"top_k": 2}, r"top_k must be 1..1 \(the key blocks\), got 2"),
         ({"min_blocks": 0}, r"min_blocks must be an int >= 1, got 0"),
         ({"scale": math.inf}, r"scale must be finite and > 0, got inf"),
         ({"scale": -1.0}, r"scale must be finite and > 0, got -1.0"),
@@ -242,3 +243,16 @@ def test_select_refuses(change: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {"grid_q": (2, 2, 2), "grid_k": (2, 2, 2), "keep": 0.5}
     with pytest.raises(ValueError, match=message):
         select_blocks(q, k, **(arguments | change))  # type: ignore[arg-type]
+
+
+def test_selection_backends_by_name() -> None:
+    grid = (4, 4, 8)
+    q, k, _ = random_qkv(grid, generator=seeded(), dtype=torch.float64)
+    same = [select_blocks(q, k, grid, grid, top_k=1, backend=name).indices for name in ("auto", "torch")]  # type: ignore[arg-type]
+    assert torch.equal(*same)
+    with pytest.raises(ValueError, match="backend of a selection must be one of auto, torch, triton, got 'cpu'"):
+        select_blocks(q, k, grid, grid, top_k=1, backend="cpu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cannot select here: it has no cdf_threshold; available: auto, torch"):
+        select_blocks(q, k, grid, grid, cdf_threshold=0.5, backend="triton")
+    with pytest.raises(ValueError, match=r"cannot select here: it (takes fp16, bf16 and fp32|needs Triton)"):
+        select_blocks(q, k, grid, grid, top_k=1, backend="triton")

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcv_bsa.choosing import choose_blocks
 from lcv_bsa.layout import BlockLayout, Triple
 from lcv_bsa.precision import statistics_dtype
 from lcv_bsa.selection import BlockSelection
@@ -37,11 +36,11 @@ class Kernels:
 
 def select(
     q: Tensor, k: Tensor, layout_q: BlockLayout, layout_k: BlockLayout, *, least: int, cdf_threshold: float | None,
-    scale: float,
+    scale: float, backend: str,
 ) -> BlockSelection:  # fmt: skip
     """`api.select_blocks` past its checks: `least` blocks per row, or more where the cdf asks for more."""
     geometry = [*layout_q.grid, *layout_k.grid, *layout_q.block, *layout_k.block]
-    indices, counts = torch.ops.lcv_bsa.select(q, k, geometry, least, cdf_threshold, scale)
+    indices, counts = torch.ops.lcv_bsa.select(q, k, geometry, least, cdf_threshold, scale, backend)
     return _selection(indices, counts, cdf_threshold is None, geometry)
 
 
@@ -90,15 +89,17 @@ def _triples(geometry: Sequence[int]) -> list[Triple]:
 
 @torch.library.custom_op("lcv_bsa::select", mutates_args=())
 def _select(
-    q: Tensor, k: Tensor, geometry: Sequence[int], least: int, cdf_threshold: float | None, scale: float
+    q: Tensor, k: Tensor, geometry: Sequence[int], least: int, cdf_threshold: float | None, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    layout_q, layout_k = _layouts(geometry)
-    return choose_blocks(q, k, layout_q, layout_k, least=least, cdf_threshold=cdf_threshold, scale=scale)
+    from lcv_bsa.backends.choosers import choose
+
+    options = {"least": least, "cdf_threshold": cdf_threshold, "scale": scale, "backend": backend}
+    return choose(q, k, *_layouts(geometry), **options)
 
 
 @_select.register_fake
 def _(
-    q: Tensor, k: Tensor, geometry: Sequence[int], least: int, cdf_threshold: float | None, scale: float
+    q: Tensor, k: Tensor, geometry: Sequence[int], least: int, cdf_threshold: float | None, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     layout_q, _ = _layouts(geometry)
     # how many blocks a cdf keeps depends on the values

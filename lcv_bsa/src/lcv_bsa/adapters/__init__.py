@@ -1,0 +1,1 @@
+"""How other libraries' models run sparse. Nothing here imports a host: models are known by their structure."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lcv_bsa.layout import BlockLayout, block_means
-from lcv_bsa.precision import no_autocast
+from lcv_bsa.precision import no_autocast, true_fp32
 from lcv_bsa.selection import mask_to_indices
 
 # Scores live a slice of rows at a time: all of them at once would be 0.9 GB at 720p, and their sort twice that.
@@ -23,7 +23,6 @@ def kept_blocks(keep: float, num_blocks: int) -> int:
     return numerator * num_blocks // denominator
 
 
-@torch.compiler.assume_constant_result
 def _as_ratio(share: float) -> tuple[int, int]:
     ratio = Fraction(share).limit_denominator(_LARGEST_DENOMINATOR)
     return ratio.numerator, ratio.denominator
@@ -43,7 +42,7 @@ def choose_blocks(
 
     q [B, H, Sq, D], k [B, Hkv, Skv, D]. Scores are the products of block means, in the precision of the statistics.
     """
-    with torch.no_grad(), no_autocast(q.device):
+    with torch.no_grad(), no_autocast(q.device), true_fp32(q.device):
         mean_q = block_means(q, layout_q)  # [B, H, Nq, D]
         mean_k = block_means(k, layout_k).repeat_interleave(q.shape[1] // k.shape[1], 1)  # [B, H, Nk, D]
         rows = max(1, _SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * layout_k.num_blocks))

@@ -1,6 +1,7 @@
 """Which precision the statistics have, whatever the inputs or the caller's autocast say."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -15,3 +16,19 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def true_fp32(device: torch.device) -> Iterator[None]:
+    """TF32 off for products: with its 10 bits of mantissa scores would tie as bf16's do."""
+    matmul = torch.backends.cuda.matmul
+    name, off = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    if device.type != "cuda" or before in ("ieee", "none", False):
+        yield
+        return
+    setattr(matmul, name, off)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)

@@ -14,7 +14,7 @@ class InverseSelection:
     """Which query blocks attend to each key block, in CSR form.
 
     offsets: int32 [B, H, Nk + 1]. rows: int32 [number of kept pairs]. The query blocks that keep key block j of head
-    (b, h) are rows[offsets[b, h, j] : offsets[b, h, j + 1]], ascending.
+    (b, h) are rows[offsets[b, h, j] : offsets[b, h, j + 1]], ascending. What lies past the last offset is undefined.
     """
 
     offsets: Tensor

@@ -33,10 +33,14 @@ def takes_all(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> str
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation, and why it refuses an input (None where it takes it)."""
+    """An implementation, and why it refuses an input (None where it takes it).
+
+    kernels: what the operators of `lcv_bsa.ops` know it by, None where it does not go through them.
+    """
 
     attend: Attend
     refusal: Callable[[Tensor, Tensor, Tensor, BlockSelection], str | None] = takes_all
+    kernels: str | None = None
 
 
 # "triton" takes the best of the others for the device and the layout; the README has a line on each.
@@ -57,12 +61,14 @@ def load_kernels(name: str) -> Kernels:
 
 
 def _through_operator(name: str) -> Backend:
+    refusal = load_kernels(name).refusal
+
     def attend(
         q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float, return_lse: bool
     ) -> tuple[Tensor, Tensor]:
         return attention(q, k, v, selection, scale=scale, kernels=name)
 
-    return Backend(attend, load_kernels(name).refusal)
+    return Backend(attend, refusal, kernels=name)
 
 
 def _load_reference() -> Backend:

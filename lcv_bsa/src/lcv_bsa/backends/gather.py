@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lcv_bsa.layout import from_blocks, slot_mask, to_blocks
-from lcv_bsa.precision import no_autocast, statistics_dtype
+from lcv_bsa.precision import no_autocast, statistics_dtype, true_fp32
 from lcv_bsa.selection import BlockSelection
 
 # Logits of one chunk: on a CPU they should stay in its caches, elsewhere a launch should have work enough.
@@ -27,7 +27,7 @@ _SMALL_LOGIT = 60.0
 def forward(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
     """o [B, H, Sq, D] as q, lse [B, H, Sq]."""
     dtype = statistics_dtype(q.dtype)
-    with no_autocast(q.device):
+    with no_autocast(q.device), true_fp32(q.device):
         plan = _Plan.of(selection, kv_heads=k.shape[1])
         qb = plan.sorted(to_blocks(q.to(dtype), selection.layout_q).flatten(0, 2))  # [R, n_q, D]
         kb, vb = (to_blocks(x.to(dtype), selection.layout_k).flatten(0, 2) for x in (k, v))  # [B * Hkv * Nk, n_k, D]
@@ -58,7 +58,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv as q, k, v."""
     dtype, layout_q, layout_k = lse.dtype, selection.layout_q, selection.layout_k
-    with no_autocast(q.device):
+    with no_autocast(q.device), true_fp32(q.device):
         plan = _Plan.of(selection, kv_heads=k.shape[1])
         qb, ob, dob, lseb, dlseb = (
             plan.sorted(to_blocks(x.to(dtype), layout_q).flatten(0, 2))

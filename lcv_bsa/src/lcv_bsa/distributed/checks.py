@@ -1,16 +1,12 @@
 """The checks on what comes in, made before anything is sent."""
 
-import logging
-
 from torch import Tensor
 
-from lcv_bsa.backends import available_backends, load_kernels, resolve
+from lcv_bsa.backends import available_backends, resolve
 from lcv_bsa.checks import check_pair
 from lcv_bsa.distributed.shard import Shard
 from lcv_bsa.layout import BlockLayout
 from lcv_bsa.selection import BlockSelection
-
-logger = logging.getLogger("lcv_bsa")
 
 
 def check_slabs(q: Tensor, k: Tensor, v: Tensor, local_q: BlockLayout, local_k: BlockLayout) -> None:
@@ -40,20 +36,9 @@ def check_selection(selection: BlockSelection, q: Tensor, layout_q: BlockLayout,
 
 def kernels_for(backend: str, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> str:
     """The set of kernels behind a backend, which a ring calls once per step. Raises ValueError where it has none."""
-    resolve(backend, q, k, v, selection)
-    usable = [name for name in available_backends(q, k, v, selection) if _has_kernels(name)]
-    if backend == "auto":
-        chosen = "triton" if q.is_cuda and "triton" in usable else "cpu"
-        logger.debug("ring attention, backend auto: chose %s for q %s %s on %s", chosen, [*q.shape], q.dtype, q.device)
-        return chosen
-    if backend not in usable:
+    kernels = resolve(backend, q, k, v, selection).kernels
+    if kernels is None:
+        names = available_backends(q, k, v, selection)
+        usable = [name for name in names if resolve(name, q, k, v, selection).kernels]
         raise ValueError(f"backend of a ring must be one of auto, {', '.join(usable)}, got {backend!r}")
-    return backend
-
-
-def _has_kernels(name: str) -> bool:
-    try:
-        load_kernels(name)
-    except (ImportError, KeyError):
-        return False
-    return True
+    return kernels

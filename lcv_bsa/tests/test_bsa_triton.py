@@ -1,6 +1,8 @@
 """The Triton kernels themselves, run by Triton's interpreter on the CPU, against the fp64 reference."""
 
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -100,9 +102,13 @@ def test_strides_are_walked(generator: torch.Generator) -> None:
 
 def test_every_output_is_written(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs start as NaN instead of whatever memory held."""
-    empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+    for make_empty in (torch.empty, torch.empty_like):
+
+        def filled(*args: Any, make_empty: Callable[..., torch.Tensor] = make_empty, **options: Any) -> torch.Tensor:
+            out = make_empty(*args, **options)
+            return out.fill_(torch.nan if out.is_floating_point() else -1)
+
+        monkeypatch.setattr(torch, make_empty.__name__, filled)
     got, exact = both(*make(generator, grid_q=(5, 6, 7)))
     assert max(errors(got, exact).values()) <= 1e-5
 

@@ -25,8 +25,8 @@ class Kernels:
     backward(q, k, v, o, lse, do, dlse, selection, scale) -> dq, dk, dv.
     refusal(q, k, v, selection) -> why they cannot take these inputs, None where they can.
 
-    o and the gradients lie in memory as `torch.empty_like` of q, k and v does. A row that keeps no key block, which
-    only `lcv_bsa.distributed` makes, gives o = 0 and lse = -inf.
+    o and the gradients should lie in memory as `torch.empty_like` of q, k and v does, or are copied to lie so. A row
+    that keeps no key block, which only `lcv_bsa.distributed` makes, gives o = 0 and lse = -inf.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -113,7 +113,8 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, uniform: bool, geometry: Sequence[int],
     scale: float, kernels: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _kernels(kernels).forward(q, k, v, _selection(indices, counts, uniform, geometry), scale)
+    o, lse = _kernels(kernels).forward(q, k, v, _selection(indices, counts, uniform, geometry), scale)
+    return _laid_as(q, o), lse
 
 
 @_attention.register_fake
@@ -130,7 +131,8 @@ def _attention_backward(
     counts: Tensor, uniform: bool, geometry: Sequence[int], scale: float, kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     selection = _selection(indices, counts, uniform, geometry)
-    return _kernels(kernels).backward(q, k, v, o, lse, do, dlse, selection, scale)
+    dq, dk, dv = _kernels(kernels).backward(q, k, v, o, lse, do, dlse, selection, scale)
+    return _laid_as(q, dq), _laid_as(k, dk), _laid_as(v, dv)
 
 
 @_attention_backward.register_fake
@@ -153,6 +155,12 @@ def _differentiate(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, .
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _laid_as(like: Tensor, x: Tensor) -> Tensor:
+    """x with the strides that the fakes promise."""
+    promised = torch.empty_like(like, device="meta").stride()
+    return x if x.stride() == promised else torch.empty_like(like).copy_(x)
 
 
 def _kernels(name: str) -> Kernels:

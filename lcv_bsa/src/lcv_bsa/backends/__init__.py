@@ -44,7 +44,9 @@ class Backend:
 
 
 # "triton" takes the best of the others for the device and the layout; the README has a line on each.
-_TRITON = ("triton",)
+_TRITON = (
+    "triton", "triton_tma", "triton_pointer", "triton_fused", "triton_pair", "triton_int8", "triton_fp8",
+)  # fmt: skip
 
 
 def load_kernels(name: str) -> Kernels:

@@ -19,13 +19,16 @@ def choose(
     scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """indices and counts of a selection, see `choosing.choose_blocks`; backend: one of NAMES. Raises ValueError."""
-    reason = None if backend == "torch" else _triton_refusal(q, cdf_threshold)
-    if backend == "triton" and reason:
-        raise ValueError(f"backend 'triton' cannot select here: {reason}; available: auto, torch")
-    if backend == "triton" or (backend == "auto" and q.is_cuda and not reason):
-        logger.debug("selection: triton for q %s %s on %s", list(q.shape), q.dtype, q.device)
-        return _triton()(q, k, layout_q, layout_k, least=least)
-    logger.debug("selection: torch for q %s %s on %s: %s", list(q.shape), q.dtype, q.device, reason or "as wished")
+    # Triton is not even imported for tensors that auto would not give it
+    reason = "not asked for"
+    if backend == "triton" or (backend == "auto" and q.is_cuda):
+        reason = _triton_refusal(q, cdf_threshold)
+        if reason is None:
+            logger.debug("selection: triton for q %s %s on %s", list(q.shape), q.dtype, q.device)
+            return _triton()(q, k, layout_q, layout_k, least=least)
+        if backend == "triton":
+            raise ValueError(f"backend 'triton' cannot select here: {reason}; available: auto, torch")
+    logger.debug("selection: torch for q %s %s on %s, triton: %s", list(q.shape), q.dtype, q.device, reason)
     return choose_blocks(q, k, layout_q, layout_k, least=least, cdf_threshold=cdf_threshold, scale=scale)
 
 

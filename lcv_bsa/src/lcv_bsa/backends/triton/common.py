@@ -20,6 +20,7 @@ from lcv_bsa.selection import BlockSelection
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+_MOST_BLOCKS = 1 << 20  # `block_origin`
 _MIN_DOT = 16  # tl.dot wants at least this many rows, columns and channels
 
 
@@ -31,6 +32,29 @@ def block_tokens(block, slots, T, H, W, t: tl.constexpr, h: tl.constexpr, w: tl.
     a = block // (blocks_h * blocks_w) * t + slots // (h * w)
     b = block // blocks_w % blocks_h * h + slots // w % h
     c = block % blocks_w * w + slots % w
+    inside = (a < T) & (b < H) & (c < W) & (slots < t * h * w)
+    return ((a * H + b) * W + c).to(tl.int64), inside
+
+
+@triton.jit
+def block_origin(block, blocks_hw, blocks_w, t: tl.constexpr, h: tl.constexpr, w: tl.constexpr):
+    """Raster coordinates of a block's first slot, for loops. blocks_hw, blocks_w: blocks in a layer, in a line of it.
+
+    Products with a reciprocal in place of integer divisions, which were a third of a loop turn's instructions. Exact
+    below 2 ** 20 blocks: block + 0.5 lies half a block off any edge, and the rounding of the product is less.
+    """
+    layer = ((block.to(tl.float32) + 0.5) * (1.0 / blocks_hw)).to(tl.int32)
+    rest = block - layer * blocks_hw
+    line = ((rest.to(tl.float32) + 0.5) * (1.0 / blocks_w)).to(tl.int32)
+    return layer * t, line * h, (rest - line * blocks_w) * w
+
+
+@triton.jit
+def slot_tokens(a, b, c, slots, T, H, W, t: tl.constexpr, h: tl.constexpr, w: tl.constexpr):
+    """`block_tokens` of the block whose first slot is (a, b, c)."""
+    a += slots // (h * w)
+    b += slots // w % h
+    c += slots % w
     inside = (a < T) & (b < H) & (c < W) & (slots < t * h * w)
     return ((a * H + b) * W + c).to(tl.int64), inside
 
@@ -65,6 +89,9 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> str |
         return "it has no fp64; convert q, k and v to fp32, or use 'reference'"
     if q.shape[-1] > 256:
         return f"it takes head dims up to 256, got {q.shape[-1]}"
+    if max(selection.layout_q.num_blocks, selection.layout_k.num_blocks) > _MOST_BLOCKS:
+        blocks = selection.layout_q.num_blocks, selection.layout_k.num_blocks
+        return f"it takes up to {_MOST_BLOCKS} query and key blocks, got {blocks}; use larger blocks"
     if interpreted():
         # Triton's interpreter computes bf16 wrongly without saying so.
         return "the interpreter has no bf16; use fp16 or fp32" if q.dtype == torch.bfloat16 else None

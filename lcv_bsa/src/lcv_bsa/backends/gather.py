@@ -33,19 +33,22 @@ def forward(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: f
         queries, keys, values = _rows(q, layout_q), _rows(k.to(dtype), layout_k), _rows(v.to(dtype), layout_k)
         small = _SmallLogits(q, k, selection, scale)
         o, lse = _Written(q, layout_q), q.new_empty(q.shape[:3], dtype=dtype)
-        lse_rows = scalar_rows(lse, layout_q)
+        totals = lse.new_empty(len(queries.places), layout_q.block_size, 1)
+        peaks = None if small.everywhere else torch.zeros_like(totals)
         for chunk in _chunks(selection, kv_heads=k.shape[1]):
-            qc, kc = scratch.queries("q", queries, chunk), scratch.keys("k", keys, chunk)
-            probs = _logits(qc, kc, chunk, scale, scratch)
-            peak = None
-            if not small.in_chunk(chunk):
+            qc = scratch.queries("q", queries, chunk)
+            probs = _logits(qc, scratch.keys("k", keys, chunk), chunk, scale, scratch)
+            if peaks is not None and not small.in_chunk(chunk):
                 # a row that keeps nothing has no finite logit, a total of zero and an lse of -inf
                 peak = probs.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
+                peaks[chunk.blocks] = peak
                 probs.sub_(peak)
             total = probs.exp_().sum(-1, keepdim=True)
+            totals[chunk.blocks] = total
             out = torch.bmm(probs, scratch.keys("v", values, chunk), out=scratch.take("o", tuple(qc.shape)))
-            o.write(chunk, out.div_(total.masked_fill(total == 0, 1)))
-            _write(lse_rows, chunk, total.log_() if peak is None else total.log_().add_(peak))
+            o.write(chunk, out.div_(total if selection.uniform else total.masked_fill_(total == 0, 1)))
+        totals.log_()
+        _write(scalar_rows(lse, layout_q), _everything(selection), totals if peaks is None else totals.add_(peaks))
         return o.written(), lse
 
 
@@ -85,7 +88,7 @@ def backward(
         return dq.written(), dk, dv
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Chunk:
     """c query blocks, of any batch entry and head, and what they keep."""
 
@@ -94,6 +97,21 @@ class _Chunk:
     written: Tensor | None  # bool [c, n_q], slots that hold a token; None: all do
     ids: Tensor  # int64 [c * K], key blocks of all kv heads
     hidden: Tensor | None  # bool [c, 1, K * n_k], keys without a token
+    _places: tuple[Tensor, Tensor] | None = None
+
+    def key_places(self, x: Rows) -> Tensor:
+        """Rows of the chunk's keys, int64 [c, K * n_k]; those of k serve v too where both lie alike."""
+        if self._places is None or self._places[0] is not x.places:
+            rows = x.places.index_select(0, self.ids).view(-1, self.width * x.places.shape[1])
+            self._places = x.places, rows
+        return self._places[1]
+
+
+def _everything(selection: BlockSelection) -> _Chunk:
+    """All query blocks as one chunk, for writing."""
+    layout, heads = selection.layout_q, selection.counts.shape[:2].numel()
+    written = None if layout.is_full else slot_mask(layout, selection.counts.device).repeat(heads, 1)
+    return _Chunk(slice(None), 0, written, selection.indices.new_empty(0), None)
 
 
 def _chunks(selection: BlockSelection, *, kv_heads: int) -> Iterator[_Chunk]:
@@ -138,14 +156,18 @@ class _Scratch:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised, contiguous; valid until `name` is taken again. dtype: None for that of the statistics."""
         key = name, dtype or self._dtype
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < prod(shape):
-            buffer = self._buffers[key] = torch.empty(prod(shape), dtype=key[1], device=self._device)
-        return buffer[: prod(shape)].view(shape)
+        view = self._views.get((*key, shape))
+        if view is None:
+            buffer = self._buffers.get(key)
+            if buffer is None or buffer.numel() < prod(shape):
+                buffer = self._buffers[key] = torch.empty(prod(shape), dtype=key[1], device=self._device)
+            view = self._views[*key, shape] = buffer[: prod(shape)].view(shape)
+        return view
 
     def queries(self, name: str, x: Rows, chunk: _Chunk) -> Tensor:
         """The chunk's query blocks, [c, n_q, D]."""
@@ -153,8 +175,7 @@ class _Scratch:
 
     def keys(self, name: str, x: Rows, chunk: _Chunk) -> Tensor:
         """Each row's key blocks side by side, [c, K * n_k, D]."""
-        rows = chunk.ids.shape[0] // chunk.width
-        return self._gathered(name, x.matrix, x.places.index_select(0, chunk.ids).view(rows, -1))
+        return self._gathered(name, x.matrix, chunk.key_places(x))
 
     def _gathered(self, name: str, matrix: Tensor, places: Tensor) -> Tensor:
         given = self.take(name, (places.numel(), matrix.shape[1]), matrix.dtype)
@@ -202,15 +223,15 @@ class _SmallLogits:
     """
 
     def __init__(self, q: Tensor, k: Tensor, selection: BlockSelection, scale: float) -> None:
-        self._everywhere = self._known = q.device.type == "cpu"
+        self.everywhere = self._known = q.device.type == "cpu"
         if self._known:
             self._of_q = self._longest(q, selection.layout_q).mul_(scale)
             self._of_k = self._longest(k, selection.layout_k)
-            self._everywhere = bool(self._of_q.max() * self._of_k.max() < _SMALL_LOGIT)
+            self.everywhere = bool(self._of_q.max() * self._of_k.max() < _SMALL_LOGIT)
 
     def in_chunk(self, chunk: _Chunk) -> bool:
-        if not self._known or self._everywhere:
-            return self._everywhere
+        if not self._known or self.everywhere:
+            return self.everywhere
         return bool(self._of_q[chunk.blocks].max() * self._of_k[chunk.ids].max() < _SMALL_LOGIT)
 
     @staticmethod

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lcv_bsa.backends as backends
+import lcv_bsa.backends.chunks as chunks
 import lcv_bsa.backends.gather as gather
 from lcv_bsa import (
     BlockSelection,
@@ -92,7 +93,7 @@ def test_reference_agrees_with_masked_sdpa(case: Case) -> None:
 def test_backend_agrees_with_reference(
     case: Case, dtype: torch.dtype, tolerance: float, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gather, "_LOGITS_AT_ONCE_CPU", 5 * 32 * 32)  # several chunks, the last of them short
+    monkeypatch.setattr(chunks, "_LOGITS_AT_ONCE_CPU", 5 * 32 * 32)  # several chunks, the last of them short
     (q, k, v, do, dlse), sel = make(case, dtype)
     wide = [x.double() for x in (q, k, v)]
     expected = run_with_gradients(lambda *x: reference_attention(*x, sel), *wide, do.double(), dlse)

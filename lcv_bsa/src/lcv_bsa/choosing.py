@@ -54,11 +54,20 @@ def choose_blocks(
             else:
                 mask = _cdf_mask(scores * scale, least, cdf_threshold)
                 width = int(mask.sum(-1).max())
-            parts.append((mask_to_indices(mask, width), mask.sum(-1, dtype=torch.int32)))
+            parts.append(_listed(mask, width, uniform=cdf_threshold is None))
     width = max(indices.shape[-1] for indices, _ in parts)
     # the last entry of a row is its last valid id: repeating it widens the row
     widened = [torch.cat([i, i[..., -1:].expand(*i.shape[:3], width - i.shape[3])], -1) for i, _ in parts]
     return torch.cat(widened, 2), torch.cat([counts for _, counts in parts], 2)
+
+
+def _listed(mask: Tensor, width: int, *, uniform: bool) -> tuple[Tensor, Tensor]:
+    """indices [..., width] and counts of a mask. uniform: every row keeps `width`."""
+    if uniform and not mask.is_cuda:
+        # on a GPU nonzero would have to be waited for
+        indices = mask.nonzero()[:, -1].to(torch.int32).view(*mask.shape[:-1], width)
+        return indices, torch.full_like(indices[..., 0], width)
+    return mask_to_indices(mask, width), mask.sum(-1, dtype=torch.int32)
 
 
 def _finite(scores: Tensor) -> Tensor:

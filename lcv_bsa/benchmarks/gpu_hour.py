@@ -100,9 +100,9 @@ def _watch(child: subprocess.Popen[bytes], store: Store, until: float) -> int:
 def run_items(args: argparse.Namespace) -> int:
     """The items of one stage that are not yet noted as done or failed, while there is time."""
     import torch
+    from bench import Bench
     from report import Report
     from run import paths_of
-    from session import Session
     from stages import STAGES as ITEMS
 
     if not args.tiny and not torch.cuda.is_available():
@@ -110,17 +110,17 @@ def run_items(args: argparse.Namespace) -> int:
         return 2
     stage = args.stage[-1]
     store, device = Store(args.out, stage), torch.device("cpu" if args.tiny else "cuda")
-    session = Session(device, args.tiny, paths_of(args.peer), args.out, Report(device, None))
+    bench = Bench(device, args.tiny, paths_of(args.peer), args.out, Report(device, None))
     done = {item for item, note in store.notes().items() if note["state"] in ("done", "failed")}
     longest = 0.0 if args.tiny else 15.0
-    for item, run in ITEMS[stage](session):
+    for item, run in ITEMS[stage](bench):
         if item in done:
             continue
         left = args.until - time.time()
         if left < longest:
             store.note(item, "skipped", why=f"{left:.0f} s left, it may take {longest:.0f}")
             continue
-        begin, before = time.time(), len(session.report.rows)
+        begin, before = time.time(), len(bench.report.rows)
         store.note(item, "started")
         state, more = "done", {}
         try:
@@ -128,7 +128,7 @@ def run_items(args: argparse.Namespace) -> int:
         except Exception as error:  # an item may fail in any way; the others still run
             state, more = "failed", {"why": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
             say(f"{item}: {more['why']}")
-        store.note(item, state, rows=session.report.rows[before:], **more)
+        store.note(item, state, rows=bench.report.rows[before:], **more)
         longest = max(longest, time.time() - begin)
         if not _alive(device.type):
             return _LOST

@@ -7,15 +7,15 @@ from functools import partial
 from typing import Literal
 
 import torch
+from bench import Bench, Item
 from peers import Problem
-from session import Item, Session
 from torch import Tensor
 
 from lcv_bsa import BlockSelection, select_blocks
 from lcv_bsa.layout import block_means, to_blocks
 
 
-def selection(s: Session) -> Iterator[Item]:
+def selection(s: Bench) -> Iterator[Item]:
     """Every piece at both sizes, timed alone."""
     for shape in ("480p", "720p"):
         problem = s.problem(shape)
@@ -23,7 +23,7 @@ def selection(s: Session) -> Iterator[Item]:
             yield f"{label} {shape}", partial(_piece, s, problem, label)
 
 
-def _piece(s: Session, problem: Problem, label: str) -> None:
+def _piece(s: Bench, problem: Problem, label: str) -> None:
     inputs = s.inputs(problem)
     (q, k, _, _), kept = inputs.sets[0], inputs.selections[0]
     s.time_one(problem, label, "selection", lambda: _PIECES[label](problem, q, k, kept))

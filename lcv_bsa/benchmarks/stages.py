@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from bench import Bench, Item
 from inputs import Inputs
 from measure import copy_ceiling
 from parts import pairs_of, time_parts
 from peers import PEERS, Problem, contender
 from pieces import selection
 from rows import QUANTISED
-from session import Item, Session
 from shapes import DTYPES, Shape
 
 from lcv_bsa import BlockSelection, block_sparse_attention
@@ -24,7 +24,7 @@ _TABLE = "tuning.json"
 EXACT = ("triton", "triton_pointer", "triton_tma", "triton_fused", "triton_pair")
 
 
-def correctness(s: Session) -> Iterator[Item]:
+def correctness(s: Bench) -> Iterator[Item]:
     """Every backend against the fp64 reference, two runs against each other, and real sizes against the cpu backend."""
     for name in (*EXACT, *QUANTISED):
         for dtype in s.dtypes:
@@ -37,17 +37,17 @@ def correctness(s: Session) -> Iterator[Item]:
         yield f"real size {shape}", partial(_real_size, s, s.problem(shape))
 
 
-def _gate(s: Session, problem: Problem, name: str) -> None:
+def _gate(s: Bench, problem: Problem, name: str) -> None:
     s.report.add(problem, name, "gate", s.gate(name, problem))
 
 
-def _two_runs(s: Session, problem: Problem) -> None:
+def _two_runs(s: Bench, problem: Problem) -> None:
     first, second = (_results(s, problem, "triton") for _ in range(2))
     same = all(torch.equal(a, b) for a, b in zip(first, second))
     s.report.add(problem, "triton", "two runs", "ok: bit-equal" if same else "wrong: two runs differ")
 
 
-def _real_size(s: Session, problem: Problem) -> None:
+def _real_size(s: Bench, problem: Problem) -> None:
     """64-bit addresses and long rows: nothing small shows a fault in them."""
     bound = 2e-2
     worst = max(
@@ -58,7 +58,7 @@ def _real_size(s: Session, problem: Problem) -> None:
     s.report.add(problem, "triton", "real size", f"{verdict}: {worst:.1e} from the cpu backend, bound {bound:g}")
 
 
-def _results(s: Session, problem: Problem, name: str) -> tuple[torch.Tensor, ...]:
+def _results(s: Bench, problem: Problem, name: str) -> tuple[torch.Tensor, ...]:
     inputs = s.inputs(problem)
     (q, k, v, do), selection = inputs.sets[0], inputs.selections[0]
     dlse = torch.zeros(q.shape[:3], device=q.device)
@@ -67,7 +67,7 @@ def _results(s: Session, problem: Problem, name: str) -> tuple[torch.Tensor, ...
     )
 
 
-def forward(s: Session) -> Iterator[Item]:
+def forward(s: Bench) -> Iterator[Item]:
     """Ceilings, every forward, the order of the indices, warps and stages."""
     size = 1 << 20 if s.tiny else 1 << 30
     yield "ceilings", partial(_ceilings, s, size)
@@ -82,7 +82,7 @@ def forward(s: Session) -> Iterator[Item]:
             yield f"{name} {variant}", partial(_sweep, s, name, "forward", warps, stages)
 
 
-def _ceilings(s: Session, size: int) -> None:
+def _ceilings(s: Bench, size: int) -> None:
     problem = s.problem("720p")
     rate = copy_ceiling(s.device, size=size)
     s.report.add(problem, "copy", "ceiling", f"ok: {rate / 1e12:.3g} TB/s read and written")
@@ -91,7 +91,7 @@ def _ceilings(s: Session, size: int) -> None:
         s.report.add(s.problem("720p", dtype), "matmul", "ceiling", f"ok: {speed:.4g} TFLOP/s")
 
 
-def _order(s: Session, problem: Problem, order: str) -> None:
+def _order(s: Bench, problem: Problem, order: str) -> None:
     """The same counts in another order or at other places: what the cache makes of them."""
     inputs = s.inputs(problem)
     made = contender("triton", problem, s.paths)
@@ -113,7 +113,7 @@ def _reordered(selection: BlockSelection, order: str) -> BlockSelection:
     return dataclasses.replace(selection, indices=changed)
 
 
-def backward(s: Session) -> Iterator[Item]:
+def backward(s: Bench) -> Iterator[Item]:
     """The two-kernel backward against the fused one, then warps and stages of both."""
     for shape in ("480p", "720p"):
         for name in EXACT:
@@ -124,7 +124,7 @@ def backward(s: Session) -> Iterator[Item]:
             yield f"{name} {variant}", partial(_sweep, s, name, "backward", warps, stages)
 
 
-def _sweep(s: Session, name: str, part: str, warps: int, stages: int) -> None:
+def _sweep(s: Bench, name: str, part: str, warps: int, stages: int) -> None:
     problem = s.problem("480p" if part == "backward" else "720p")
     if not s.gate(name, problem).startswith("ok"):
         s.report.add(problem, name, "gate", s.gate(name, problem))
@@ -134,7 +134,7 @@ def _sweep(s: Session, name: str, part: str, warps: int, stages: int) -> None:
 
 
 @contextmanager
-def _tiles(s: Session, problem: Problem, name: str, part: str, warps: int, stages: int) -> Iterator[None]:
+def _tiles(s: Bench, problem: Problem, name: str, part: str, warps: int, stages: int) -> Iterator[None]:
     """Every tile that this part of this backend looks up, with other warps and stages."""
     from lcv_bsa.backends.triton import tuning
 
@@ -155,7 +155,7 @@ def _tiles(s: Session, problem: Problem, name: str, part: str, warps: int, stage
         tuning.install(usual)
 
 
-def peers(s: Session) -> Iterator[Item]:
+def peers(s: Bench) -> Iterator[Item]:
     """Everyone side by side, selection and layout included."""
     last = "flex", "dense_flash"  # slow to compile, slow to run: should time run out, the targets miss nothing
     for shape in ("720p", "480p"):
@@ -166,14 +166,14 @@ def peers(s: Session) -> Iterator[Item]:
             yield f"{name} {shape}", partial(s.time, problem, name, parts)
 
 
-def tuning(s: Session) -> Iterator[Item]:
+def tuning(s: Bench) -> Iterator[Item]:
     """Let the tuner choose, write what it chose, and time that."""
     yield "tune", partial(_tune, s, s.problem("720p"))
     for shape in ("720p", "480p"):
         yield f"tuned {shape}", partial(_tuned, s, s.problem(shape))
 
 
-def _tune(s: Session, problem: Problem) -> None:
+def _tune(s: Bench, problem: Problem) -> None:
     from lcv_bsa.backends.triton.autotune import tune
 
     (q, k, v, _), kept = s.inputs(problem).sets[0], s.inputs(problem).selections[0]
@@ -184,13 +184,13 @@ def _tune(s: Session, problem: Problem) -> None:
         s.report.add(problem, f"triton {situation.kernel}", "tile", text)
 
 
-def _tuned(s: Session, problem: Problem) -> None:
+def _tuned(s: Bench, problem: Problem) -> None:
     from lcv_bsa.backends.triton.autotune import load_tuning
 
     load_tuning(s.folder / _TABLE)
     s.time(problem, "triton", ["forward", "backward"], variant="tuned")
 
 
-STAGES: dict[int, Callable[[Session], Iterator[Item]]] = {
+STAGES: dict[int, Callable[[Bench], Iterator[Item]]] = {
     1: correctness, 2: forward, 3: backward, 4: selection, 5: peers, 6: tuning,
 }  # fmt: skip

@@ -23,7 +23,7 @@ _TINY = {"480p": "tiny_partial", "720p": "tiny"}
 
 
 @dataclasses.dataclass
-class Session:
+class Bench:
     """The machine, and where rows go. tiny: small shapes on the CPU, which shows that everything runs and no more."""
 
     device: torch.device

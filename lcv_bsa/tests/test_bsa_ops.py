@@ -154,3 +154,16 @@ def test_inductor_compiles() -> None:
         return bsa_3d(q * 2, k, v, (4, 4, 6), (3, 5, 4), block_q=(2, 4, 4), block_k=(2, 2, 4), keep=0.4) + 1
 
     both_gradients(whole, torch.compile(whole, fullgraph=True), q, k, v)
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton_tma", "reference"])
+def test_named_backends_compile_as_one_graph(backend: str) -> None:
+    if backend != "reference":
+        pytest.importorskip("triton", reason="triton is not installed; pip install triton to run its kernels")
+    x = random_qkv((4, 4, 8), generator=torch.Generator().manual_seed(0), head_dim=32)
+
+    def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return bsa_3d(q, k, v, (4, 4, 8), keep=0.5, backend=backend)
+
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*x), whole(*x), rtol=0, atol=0)

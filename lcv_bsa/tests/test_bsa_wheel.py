@@ -31,7 +31,7 @@ q, k, v = (torch.randn(1, 2, 192, 16, requires_grad=True) for _ in range(3))
 selection = select_blocks(q, k, grid, grid, top_k=2)
 o, lse = block_sparse_attention(q, k, v, selection, return_lse=True)
 (o.sum() + lse.sum()).backward()
-same = torch.equal(o, bsa_3d(q, k, v, grid, keep=None, top_k=2))
+same = torch.allclose(o, bsa_3d(q, k, v, grid, keep=None, top_k=2))
 print(same, q.grad.isfinite().all().item(), "lcv_bsa.backends.triton" in sys.modules, sep="\\n")
 """
 
@@ -85,7 +85,7 @@ def test_installed_copy_works_alone(wheel: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     file, triton_imported, same, finite, kernels_imported = done.stdout.split()
     assert Path(file).is_relative_to(home)
-    assert (same, finite, kernels_imported) == ("True", "True", "False")
+    assert (same, finite, kernels_imported) == ("True", "True", "False"), done.stdout
     assert triton_imported == "False"
 
 

@@ -5,7 +5,8 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from lcv_bsa.backends import choosers, resolve
+from lcv_bsa import choosers
+from lcv_bsa.backends import resolve
 from lcv_bsa.checks import check_count, check_pair, check_rank, check_share, checked_scale
 from lcv_bsa.choosing import kept_blocks
 from lcv_bsa.layout import BlockLayout, as_triple

@@ -5,33 +5,17 @@ name: which sets exist and what each refuses is the business of `lcv_bsa.backend
 `lcv_bsa.reference`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lcv_bsa.choosers import choose
+from lcv_bsa.kernels import load_kernels
 from lcv_bsa.layout import BlockLayout, Triple
 from lcv_bsa.precision import statistics_dtype
 from lcv_bsa.selection import BlockSelection
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """One implementation of both operators.
-
-    forward(q, k, v, selection, scale) -> o [B, H, Sq, D], lse [B, H, Sq].
-    backward(q, k, v, o, lse, do, dlse, selection, scale) -> dq, dk, dv.
-    refusal(q, k, v, selection) -> why they cannot take these inputs, None where they can.
-
-    o and the gradients should lie in memory as `torch.empty_like` of q, k and v does, or are copied to lie so. A row
-    that keeps no key block, which only `lcv_bsa.distributed` makes, gives o = 0 and lse = -inf.
-    """
-
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    refusal: Callable[[Tensor, Tensor, Tensor, BlockSelection], str | None]
 
 
 def select(
@@ -91,8 +75,6 @@ def _triples(geometry: Sequence[int]) -> list[Triple]:
 def _select(
     q: Tensor, k: Tensor, geometry: Sequence[int], least: int, cdf_threshold: float | None, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    from lcv_bsa.backends.choosers import choose
-
     options = {"least": least, "cdf_threshold": cdf_threshold, "scale": scale, "backend": backend}
     return choose(q, k, *_layouts(geometry), **options)
 
@@ -113,7 +95,7 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, uniform: bool, geometry: Sequence[int],
     scale: float, kernels: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    o, lse = _kernels(kernels).forward(q, k, v, _selection(indices, counts, uniform, geometry), scale)
+    o, lse = load_kernels(kernels).forward(q, k, v, _selection(indices, counts, uniform, geometry), scale)
     return _laid_as(q, o), lse
 
 
@@ -131,7 +113,7 @@ def _attention_backward(
     counts: Tensor, uniform: bool, geometry: Sequence[int], scale: float, kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     selection = _selection(indices, counts, uniform, geometry)
-    dq, dk, dv = _kernels(kernels).backward(q, k, v, o, lse, do, dlse, selection, scale)
+    dq, dk, dv = load_kernels(kernels).backward(q, k, v, o, lse, do, dlse, selection, scale)
     return _laid_as(q, dq), _laid_as(k, dk), _laid_as(v, dv)
 
 
@@ -161,9 +143,3 @@ def _laid_as(like: Tensor, x: Tensor) -> Tensor:
     """x with the strides that the fakes promise."""
     promised = torch.empty_like(like, device="meta").stride()
     return x if x.stride() == promised else torch.empty_like(like).copy_(x)
-
-
-def _kernels(name: str) -> Kernels:
-    from lcv_bsa.backends import load_kernels
-
-    return load_kernels(name)

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lcv_bsa.ops import Kernels, attention
+from lcv_bsa.kernels import Kernels, load_kernels, register_kernels
+from lcv_bsa.ops import attention
 from lcv_bsa.selection import BlockSelection
 
 logger = logging.getLogger("lcv_bsa")
@@ -49,17 +50,23 @@ _TRITON = (
 )  # fmt: skip
 
 
-def load_kernels(name: str) -> Kernels:
-    """The kernels that the operators of `lcv_bsa.ops` call by this name. Raises ImportError with the reason."""
-    if name == "cpu":
-        from lcv_bsa.backends import gather
+def _load_cpu() -> Kernels:
+    from lcv_bsa.backends import gather
 
-        return Kernels(gather.forward, gather.backward, takes_all)
+    return Kernels(gather.forward, gather.backward, takes_all)
+
+
+def _load_triton(name: str) -> Kernels:
     try:
         from lcv_bsa.backends import triton
     except ImportError as error:
         raise ImportError(f"it needs Triton ({error}); pip install triton") from error
     return triton.KERNELS[name]
+
+
+register_kernels("cpu", _load_cpu)
+for _name in _TRITON:
+    register_kernels(_name, partial(_load_triton, _name))
 
 
 def _through_operator(name: str) -> Backend:

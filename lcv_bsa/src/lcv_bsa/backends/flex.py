@@ -29,7 +29,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> str |
     if q.device.type == "cpu":
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             return "on a CPU it has no gradients; use 'cpu'"
-        if not any(shutil.which(compiler) for compiler in ("g++", "clang++", "cl")):
+        # what is being compiled has found its compiler, and could not be told to look for one
+        if not torch.compiler.is_compiling() and not any(map(shutil.which, ("g++", "clang++", "cl"))):
             return "on a CPU it needs a C++ compiler, found none of g++, clang++, cl"
     return None
 

@@ -7,7 +7,7 @@ from lcv_bsa.backends.triton import backward_fused, backward_tma, forward_tma, p
 from lcv_bsa.backends.triton import forward as forward_pointer
 from lcv_bsa.backends.triton.common import interpreted, refusal
 from lcv_bsa.backends.triton.descriptors import tma_refusal
-from lcv_bsa.ops import Kernels
+from lcv_bsa.kernels import Kernels
 from lcv_bsa.selection import BlockSelection
 
 

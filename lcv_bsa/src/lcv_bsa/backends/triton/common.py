@@ -83,6 +83,12 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA GPU. torch.compile can trace this way to it, and not get_device_capability."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
+
+
 def refusal(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> str | None:
     """Why these inputs cannot run here, None when they can."""
     if q.dtype == torch.float64:
@@ -97,8 +103,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> str |
         return "the interpreter has no bf16; use fp16 or fp32" if q.dtype == torch.bfloat16 else None
     if q.device.type != "cuda":
         return f"it needs a GPU (or TRITON_INTERPRET=1), the inputs are on {q.device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
-        return f"it needs compute capability 8.0 or more, got {torch.cuda.get_device_capability(q.device)}"
+    if torch.version.hip is None and capability(q.device) < (8, 0):
+        return f"it needs compute capability 8.0 or more, got {capability(q.device)}"
     return None
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lcv_bsa.backends.triton.common import interpreted, refusal
+from lcv_bsa.backends.triton.common import capability, interpreted, refusal
 from lcv_bsa.layout import Triple
 from lcv_bsa.selection import BlockSelection
 
@@ -41,9 +41,9 @@ def tma_refusal(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> s
             return "it takes fp16 and bf16 (fp32 tiles do not fit its registers); use 'triton_pointer'"
         if torch.version.hip is not None:
             return "it needs TMA descriptors, which AMD GPUs have not; use 'triton_pointer'"
-        capability = torch.cuda.get_device_capability(q.device)
-        if capability < (9, 0):
-            return f"it needs TMA descriptors (compute capability 9.0 or more), got {capability}; use 'triton_pointer'"
+        found = capability(q.device)
+        if found < (9, 0):
+            return f"it needs TMA descriptors (compute capability 9.0 or more), got {found}; use 'triton_pointer'"
     if q.shape[-1] * q.element_size() % _ALIGNMENT:
         return f"a head must be a multiple of {_ALIGNMENT} bytes, got D = {q.shape[-1]} of {q.dtype}"
     for name, block in (("block_q", selection.block_q), ("block_k", selection.block_k)):

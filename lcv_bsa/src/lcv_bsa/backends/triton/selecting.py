@@ -55,7 +55,8 @@ def top_k_kernel(scores, indices, num_k, K, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     ids = tl.arange(0, BLOCK)
     score = tl.load(scores + row * num_k + ids, mask=ids < num_k, other=0.0)
-    # as choosing._finite: NaN, which tl.maximum passes over, ranks with -inf
+    # as choosing._finite: NaN ranks with -inf; what tl.maximum makes of it differs between versions of Triton
+    score = tl.where(score == score, score, -_LARGEST)
     score = tl.minimum(tl.maximum(score, -_LARGEST), _LARGEST)
     # -0.0 equals 0.0 but has other bits
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)

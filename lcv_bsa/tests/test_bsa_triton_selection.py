@@ -13,6 +13,7 @@ if torch.cuda.is_available():
     pytest.skip("there is a GPU here: these are the interpreter's tests", allow_module_level=True)
 
 from lcv_bsa.backends.triton import inverse, selecting
+from lcv_bsa.backends.triton.backward import longest_keys_first
 from lcv_bsa.layout import BlockLayout, to_blocks, token_counts
 from lcv_bsa.precision import true_fp32
 from lcv_bsa.selection import BlockSelection
@@ -229,7 +230,7 @@ def test_inverse_refuses_more_pairs_than_offsets_can_count(
     assert_inverse(replace(selection, counts=fewer, uniform=False))
 
 
-def test_longest_first(generator: torch.Generator) -> None:
+def test_longest_keys_first(generator: torch.Generator) -> None:
     pairs = torch.randint(0, 40, (2, 3, 50), generator=generator)
     pairs[0, 0, :6] = torch.tensor([0, 1, 2, 3, 4, 1023])
     ends = pairs.flatten().cumsum(0).view(2, 3, 50)
@@ -237,6 +238,6 @@ def test_longest_first(generator: torch.Generator) -> None:
     expected = [
         sorted(range(50), key=lambda j, row=row: (-row[j].bit_length(), j)) for row in pairs.flatten(0, 1).tolist()
     ]
-    order = inverse.longest_first(offsets)
+    order = longest_keys_first(offsets, 3)
     assert order.dtype == torch.int32
     assert order.flatten(0, 1).tolist() == expected

@@ -120,13 +120,6 @@ def block_order(layout: BlockLayout, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def raster_order(layout: BlockLayout, device: torch.device) -> Tensor:
-    """Inverse permutation of `block_order`, int64 [S]."""
-    with torch.inference_mode(False):
-        return block_order(layout, device).argsort()
-
-
-@lru_cache(maxsize=64)
 def token_counts(layout: BlockLayout, device: torch.device) -> Tensor:
     """Tokens really in each block, int32 [N]."""
     with torch.inference_mode(False):

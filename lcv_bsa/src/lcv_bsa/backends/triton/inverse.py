@@ -1,11 +1,10 @@
-"""The selection seen from the key blocks (CSR) without sorting its pairs, and the order in which to work on it."""
+"""The selection seen from the key blocks (CSR) without sorting its pairs."""
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from lcv_bsa.selection import BlockSelection, InverseSelection
 
@@ -88,16 +87,6 @@ def inverse_selection(selection: BlockSelection) -> InverseSelection:
     fill_kernel[(B * H * Nk,)](marks, starts, rows, words, block, num_warps=2)
     offsets = torch.cat([starts.view(B, H, Nk), ends.view(B, H, Nk)[..., -1:]], -1)
     return InverseSelection(offsets, rows)
-
-
-def longest_first(offsets: Tensor) -> Tensor:
-    """The order in which to take key blocks, int32 [B, H, Nk] from the CSR offsets [B, H, Nk + 1].
-
-    Descending by floor(log2(pairs)), ascending by id among equals: long columns start first, and neighbours, which
-    read the same queries, stay together (L2).
-    """
-    bins = torch.frexp(offsets.diff(dim=-1).float()).exponent
-    return bins.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
 
 def _check_pairs(selection: BlockSelection) -> None:

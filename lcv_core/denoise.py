@@ -160,8 +160,7 @@ def denoise(
             _check_finite(velocity, step, num_steps, levels[step])
             noise_frames = x[:, :, n_c:]
             denoised = torch.cat([x[:, :, :n_c], noise_frames + levels[step] * velocity], dim=2)
-            # The scheduler integrates noise - x0; the network predicts x0 - noise. This is where the sign flips.
-            stepped = euler_step(noise_frames, -velocity, sigmas[step].to(x), sigmas[step + 1].to(x))
+            stepped = euler_step(noise_frames, model_output(velocity), sigmas[step].to(x), sigmas[step + 1].to(x))
             x, done = torch.cat([x[:, :, :n_c], stepped], dim=2), step + 1
             if progress:
                 progress.tick(done, x)
@@ -175,6 +174,11 @@ def denoise(
     if progress:
         progress.save(num_steps, x)
     return x
+
+
+def model_output(velocity: Tensor) -> Tensor:
+    """The network predicts x0 - noise; schedulers (and ComfyUI) integrate noise - x0. This is where the sign flips."""
+    return -velocity
 
 
 def _shared_cache(dit: LongCatDiT, cond: Tensor, bsa: BSAConfig | None) -> list[KV]:

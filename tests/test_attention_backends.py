@@ -41,12 +41,12 @@ def forgetful() -> Iterator[None]:
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backends believe in a CUDA GPU; the probe really runs on the CPU."""
-    probe = attention._probe
+    probe = attention.check_attention
 
     def on_cpu(attend: attention.Attend, _device: torch.device, *rest: Any) -> None:
         probe(attend, CPU, *rest)
 
-    monkeypatch.setattr(attention, "_probe", on_cpu)
+    monkeypatch.setattr(attention, "check_attention", on_cpu)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, kernel: Callable[..., Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lcv_core import schedule as schedules
 from lcv_core.config import Native
-from lcv_core.denoise import Guidance, OnStep, Progress
+from lcv_core.denoise import Guidance, OnStep, Progress, denoise
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.errors import InputError
 from lcv_core.image_io import as_frames, resize_frames
@@ -61,6 +61,11 @@ class Components:
     @property
     def device(self) -> torch.device:
         return self.dit.device
+
+    def denoise(self, latents: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+        """`lcv_core.denoise.denoise` with this transformer. Every pipeline samples through here, so that a host with a
+        sampling system of its own can put it in place."""
+        return denoise(self.dit, latents, sigmas, **options)
 
     @contextlib.contextmanager
     def adapter(self, name: str) -> Iterator[None]:

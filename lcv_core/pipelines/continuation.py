@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lcv_core.denoise import OnStep, Progress, denoise
+from lcv_core.denoise import OnStep, Progress
 from lcv_core.errors import InputError
 from lcv_core.image_io import as_frames
 from lcv_core.names import CfgMode, CfgScope, Fit, Output, Posterior, Schedule
@@ -116,8 +116,8 @@ def continue_from_latents(
     guide = guidance(c, run, negative_text, states.batch, prompts.batch)
     x = put_condition(x, cond())
     with run.adapter(c):
-        latents = denoise(
-            c.dit, x, sigmas, text=states, guidance=guide, num_cond_latents=num_cond_latents,
+        latents = c.denoise(
+            x, sigmas, text=states, guidance=guide, num_cond_latents=num_cond_latents,
             use_kv_cache=use_kv_cache, on_step=run.on_step, progress=run.progress,
         )  # fmt: skip
     return finish(c, latents, run.output)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lcv_core.denoise import OnStep, Progress, denoise
+from lcv_core.denoise import OnStep, Progress
 from lcv_core.errors import InputError
 from lcv_core.image_io import as_frames, resize_frames
 from lcv_core.names import CfgMode, CfgScope, Fit, Output, Posterior, Schedule
@@ -81,8 +81,8 @@ def image_to_video(
     cond = encode_frames(c, stills, posterior=posterior, generator=for_conditions(generator, images.shape[0]))
     x = put_condition(x, cond.repeat_interleave(states.batch // images.shape[0], dim=0))
     with run.adapter(c):
-        latents = denoise(
-            c.dit, x, sigmas, text=states, guidance=guide, num_cond_latents=1,
+        latents = c.denoise(
+            x, sigmas, text=states, guidance=guide, num_cond_latents=1,
             use_kv_cache=run.cfg_scope == "noise" or not guide.active,
             on_step=run.on_step, progress=run.progress,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lcv_core import schedule as schedules
 from lcv_core.config import BSAConfig
-from lcv_core.denoise import OnStep, Progress, denoise
+from lcv_core.denoise import OnStep, Progress
 from lcv_core.errors import InputError
 from lcv_core.image_io import as_frames, resize_frames
 from lcv_core.names import CfgMode, CfgScope, Fit, Output, Posterior, TimeMapping
@@ -109,8 +109,8 @@ def refine_video(
         cond = _condition(image if video is None else video, plan, (H, W), fit)
         x[:, :, : plan.cond_latents] = encode_frames(c, cond, posterior=posterior, generator=generator)
     with c.adapter("refinement"):
-        latents = denoise(
-            c.dit, x, sigmas, text=states, guidance=guide, num_cond_latents=plan.cond_latents, bsa=bsa,
+        latents = c.denoise(
+            x, sigmas, text=states, guidance=guide, num_cond_latents=plan.cond_latents, bsa=bsa,
             on_step=run.on_step, progress=run.progress,
         )  # fmt: skip
     return latents.cpu() if output == "latents" else decode_refined(c, latents, plan)

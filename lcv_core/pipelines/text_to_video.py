@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lcv_core.denoise import OnStep, Progress, denoise
+from lcv_core.denoise import OnStep, Progress
 from lcv_core.names import CfgMode, CfgScope, Output, Schedule
 from lcv_core.pipelines.base import (
     Components,
@@ -61,5 +61,5 @@ def text_to_video(
     x = start_noise(c, states.batch, frames, height or native.height, width or native.width, noise, generator)
     guide = guidance(c, run, negative_text, states.batch, prompts.batch)
     with run.adapter(c):
-        latents = denoise(c.dit, x, sigmas, text=states, guidance=guide, on_step=run.on_step, progress=run.progress)
+        latents = c.denoise(x, sigmas, text=states, guidance=guide, on_step=run.on_step, progress=run.progress)
     return finish(c, latents, run.output)

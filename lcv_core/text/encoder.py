@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,11 @@ from lcv_core.text.prompt import SentencePieceTokenizer, Tokenizer, clean_prompt
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
+
+logger = logging.getLogger("lcv_core")
+
+
+MAX_LENGTH = 512  # tokens that the released model reads
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +89,31 @@ class TextStates:
         return TextStates(torch.cat([self.states, other.states]), mask)
 
 
+def fit_text(
+    states: torch.Tensor, mask: torch.Tensor | None = None, length: int = MAX_LENGTH
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States [B, L, C] of any encoder host as the DiT was trained to see them: [B, length, C], mask int64 [B, length].
+
+    Hosts that zero padding and give no mask: rows that are not zero count. Longer text is cut (one warning), shorter
+    text is padded: padding is part of what the model reads.
+    """
+    if mask is None:
+        mask = (states != 0).any(dim=-1)
+    if mask.shape != states.shape[:2]:
+        raise InputError(
+            f"a text mask for states {list(states.shape)} must be {list(states.shape[:2])}, got {list(mask.shape)}"
+        )
+    mask = (mask != 0).to(torch.int64)
+    if states.shape[1] > length:
+        lost = int(mask[:, length:].sum(dim=1).max())
+        if lost:
+            logger.warning("the prompt has %d tokens too many; only the first %d are read", lost, length)
+        return states[:, :length], mask[:, :length]
+    missing = length - states.shape[1]
+    pad = torch.nn.functional.pad
+    return (pad(states, (0, 0, 0, missing)), pad(mask, (0, missing))) if missing else (states, mask)
+
+
 class TextEncoder:
     """umT5 and its tokenizer, with the states of recent prompts kept in CPU memory.
 
@@ -91,7 +122,7 @@ class TextEncoder:
     """
 
     def __init__(
-        self, model: UMT5EncoderModel, tokenizer: Tokenizer, max_length: int = 512, *, cache_size: int = 64
+        self, model: UMT5EncoderModel, tokenizer: Tokenizer, max_length: int = MAX_LENGTH, *, cache_size: int = 64
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer

@@ -1,0 +1,31 @@
+"""The ComfyUI door of the LongCat-Video node pack. Importing it does nothing; ComfyUI calls `comfy_entrypoint`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+WEB_DIRECTORY = "./comfy_nodes/web"
+
+_ROOT = Path(__file__).resolve().parent
+
+
+def _find_packages() -> None:
+    """Make `lcv_core` and `lcv_bsa` importable from this folder where they are not installed."""
+    for name, folder in (("lcv_core", _ROOT), ("lcv_bsa", _ROOT / "lcv_bsa" / "src")):
+        # Without an origin it is a namespace that some folder of the same name made by accident.
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            sys.path.append(str(folder))
+            sys.modules.pop(name, None)
+            importlib.invalidate_caches()
+
+
+async def comfy_entrypoint() -> Any:
+    """The extension with this pack's nodes."""
+    _find_packages()
+    from .comfy_nodes import LongCatVideoExtension
+
+    return LongCatVideoExtension()

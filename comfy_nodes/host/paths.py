@@ -1,0 +1,138 @@
+"""Where ComfyUI keeps models and outputs, and what of it a LongCat-Video node can use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from lcv_core.errors import InputError
+from lcv_core.weights.checkpoint import ADAPTER_NAMES, Checkpoint, open_checkpoint
+from lcv_core.weights.init import init_checkpoint
+
+FOLDER = "longcat_video"  # models/longcat_video: official checkpoint folders
+MINIATURE = "miniature (built in)"
+AUTO, NONE = "auto", "none"
+_GGUF = ".gguf"
+_VAE_MARKS = ("wan_2.1_vae", "wan2.1_vae", "wan2_1_vae", "longcat_video_vae")
+_TEXT_MARKS = ("umt5",)
+
+
+def register() -> None:
+    """Tell ComfyUI of models/longcat_video."""
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))  # noqa: PTH118
+
+
+def checkpoints() -> list[str]:
+    """What the loader offers: official folders, transformer files (those named LongCat first), the miniature."""
+    files = [*folder_paths.get_filename_list("diffusion_models"), *_gguf_files()]
+    files.sort(key=lambda name: ("longcat" not in name.lower(), name.lower()))
+    return [MINIATURE, *_folders(), *dict.fromkeys(files)]
+
+
+def _folders() -> list[str]:
+    """Folders under models/longcat_video that hold a transformer."""
+    found = {}
+    for root in map(Path, folder_paths.get_folder_paths(FOLDER)):
+        if root.is_dir():
+            found |= {f"{path.name}/": path for path in sorted(root.iterdir()) if _is_shown(path)}
+    return sorted(found)
+
+
+def _is_shown(path: Path) -> bool:
+    return not path.name.startswith(".") and (path / "dit").is_dir()
+
+
+def _gguf_files() -> list[str]:
+    """ComfyUI's own lists leave GGUF files out."""
+    found = []
+    for root in map(Path, folder_paths.get_folder_paths("diffusion_models")):
+        if root.is_dir():
+            found += [str(path.relative_to(root)) for path in sorted(root.rglob(f"*{_GGUF}"))]
+    return found
+
+
+def _inside(roots: list[str], name: str, what: str) -> Path:
+    """The file or folder `name` under one of `roots`; InputError for a name that is absent or leads out of them."""
+    for root in map(Path, roots):
+        path = root / name
+        if path.exists() and path.resolve().is_relative_to(root.resolve()):
+            return path
+        if path.exists() and ".." not in Path(name).parts and not Path(name).is_absolute():
+            return path  # a link that the user made
+    raise InputError(f'{what} "{name}" is not there; choose one of the list, or reload the page if it was just added')
+
+
+def _file(category: str, name: str, what: str) -> Path:
+    return _inside(folder_paths.get_folder_paths(category), name, what)
+
+
+def find_checkpoint(name: str) -> Path:
+    """The path of a name that `checkpoints` gave."""
+    if name == MINIATURE:
+        return miniature()
+    if name.endswith("/"):
+        return _inside(folder_paths.get_folder_paths(FOLDER), name.rstrip("/"), "checkpoint")
+    return _file("diffusion_models", name, "checkpoint")
+
+
+def miniature() -> Path:
+    """The miniature model, written on first use."""
+    place = Path(folder_paths.get_folder_paths(FOLDER)[0]) / ".miniature"
+    if not (place / "model_index.json").is_file():
+        init_checkpoint(place)
+    return place
+
+
+def open_model(name: str, vae: str = AUTO, text_encoder: str = AUTO) -> Checkpoint:
+    """A checkpoint and its parts. vae, text_encoder: a file's name, "auto" (beside the checkpoint, else the file whose
+    name says so) or "none". Raises CheckpointError or InputError, saying what is missing and where to get it."""
+    path = find_checkpoint(name)
+    found = open_checkpoint(path)
+    parts = {}
+    if vae != NONE and (vae != AUTO or found.vae is None):
+        parts["vae"] = _part("vae", vae, _VAE_MARKS)
+    if text_encoder != NONE and (text_encoder != AUTO or found.text_encoder is None):
+        parts["text_encoder"] = _part("text_encoders", text_encoder, _TEXT_MARKS)
+    parts = {key: value for key, value in parts.items() if value is not None}
+    return open_checkpoint(path, **parts) if parts else found
+
+
+def _part(category: str, name: str, marks: tuple[str, ...]) -> Path | None:
+    """A named file, or the first whose name has one of the marks; None when there is none."""
+    if name != AUTO:
+        return _file(category, name, category)
+    for candidate in folder_paths.get_filename_list(category):
+        if any(mark in candidate.lower() for mark in marks):
+            return _file(category, candidate, category)
+    return None
+
+
+def vaes() -> list[str]:
+    return [AUTO, NONE, *folder_paths.get_filename_list("vae")]
+
+
+def text_encoders() -> list[str]:
+    return [AUTO, NONE, *folder_paths.get_filename_list("text_encoders")]
+
+
+def loras() -> list[str]:
+    return list(folder_paths.get_filename_list("loras"))
+
+
+def find_lora(name: str) -> Path:
+    return _file("loras", name, "LoRA")
+
+
+def known_adapter(kind: str) -> Path | None:
+    """The "distill" or "refinement" adapter among models/loras, by its published names."""
+    for candidate in loras():
+        if any(mark in candidate.lower() for mark in ADAPTER_NAMES[kind]):
+            return _file("loras", candidate, "LoRA")
+    return None
+
+
+def work_folder() -> Path:
+    """Where unfinished long jobs keep their segments."""
+    return Path(folder_paths.get_output_directory()) / "longcat_video_segments"

@@ -1,0 +1,124 @@
+"""The inputs that several nodes share, each with its tooltip, default and range in one place."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from comfy_api.latest import io
+
+from lcv_core.errors import InputError
+from lcv_core.names import Fit, Schedule
+from lcv_core.shapes import SIZE_MULTIPLE, check_cond_frames, check_frames, check_size
+
+CATEGORY = "LongCat-Video"
+MAX_SEED = 0xFFFFFFFFFFFFFFFF
+
+
+def model() -> io.Model.Input:
+    return io.Model.Input("model", tooltip="LongCat-Video, from the LongCat-Video Loader.")
+
+
+def vae() -> io.Vae.Input:
+    return io.Vae.Input("vae", tooltip="The Wan 2.1 VAE, from the LongCat-Video Loader or a Load VAE node.")
+
+
+def positive() -> io.Conditioning.Input:
+    return io.Conditioning.Input("positive", tooltip="What to show. From LongCat-Video Text Encode.")
+
+
+def negative() -> io.Conditioning.Input:
+    return io.Conditioning.Input(
+        "negative", optional=True,
+        tooltip="What to avoid. Needed only when guidance is above 1; the distilled schedule runs without.",
+    )  # fmt: skip
+
+
+def width(default: int = 832) -> io.Int.Input:
+    return io.Int.Input(
+        "width", default=default, min=SIZE_MULTIPLE, max=4096, step=SIZE_MULTIPLE, tooltip="Pixels, a multiple of 16."
+    )
+
+
+def height(default: int = 480) -> io.Int.Input:
+    return io.Int.Input(
+        "height", default=default, min=SIZE_MULTIPLE, max=4096, step=SIZE_MULTIPLE, tooltip="Pixels, a multiple of 16."
+    )
+
+
+def num_frames(tooltip: str = "Frames, 4k+1. The model was trained on 93 (6.2 s at 15 fps).") -> io.Int.Input:
+    return io.Int.Input("num_frames", default=93, min=1, max=4001, step=4, tooltip=tooltip)
+
+
+def num_cond_frames() -> io.Int.Input:
+    return io.Int.Input(
+        "num_cond_frames", default=13, min=1, max=1001, step=4,
+        tooltip="Frames of the video that the new part starts from, 4k+1. The model was trained on 13.",
+    )  # fmt: skip
+
+
+def seed() -> io.Int.Input:
+    return io.Int.Input(
+        "seed", default=0, min=0, max=MAX_SEED, control_after_generate=True,
+        tooltip="Starting noise. The same seed gives the same video, here and on the command line.",
+    )  # fmt: skip
+
+
+def schedule() -> io.Combo.Input:
+    return io.Combo.Input(
+        "schedule", options=list(get_args(Schedule)), default="base",
+        tooltip="base: 50 steps with guidance. distilled: 16 steps without, with the distillation LoRA of the"
+        " checkpoint switched on inside.",
+    )  # fmt: skip
+
+
+def num_steps() -> io.Int.Input:
+    return io.Int.Input(
+        "num_steps", default=0, min=0, max=1000, tooltip="0: the schedule's own number (base 50, distilled 16)."
+    )
+
+
+def guidance_scale() -> io.Float.Input:
+    return io.Float.Input(
+        "guidance_scale", default=0.0, min=0.0, max=30.0, step=0.1,
+        tooltip="How strongly the prompt is followed. 0: the schedule's own (base 4, distilled 1). 1 switches guidance"
+        " off and halves the time.",
+    )  # fmt: skip
+
+
+def fit() -> io.Combo.Input:
+    return io.Combo.Input(
+        "fit", options=list(get_args(Fit)), default="crop",
+        tooltip="How a picture of another aspect meets the size: crop its edges, stretch it (as the official code"
+        " does), or pad it with black.",
+    )  # fmt: skip
+
+
+def vae_tile() -> io.Int.Input:
+    return io.Int.Input(
+        "vae_tile", default=0, min=0, max=1024, step=64,
+        tooltip="Decode and encode in tiles of this many pixels, for small cards; 0: whole frames.",
+    )  # fmt: skip
+
+
+def or_none(value: float) -> Any:
+    """0 stands for "the schedule's own"."""
+    return value or None
+
+
+def problem(
+    *, num_frames: Any = None, num_cond_frames: Any = None, width: Any = None, height: Any = None
+) -> bool | str:
+    """What `validate_inputs` returns: True, or a sentence. Values that come in over a link are None here, and are
+    checked when the node runs."""
+    try:
+        if isinstance(num_frames, int):
+            check_frames(num_frames)
+        if isinstance(num_cond_frames, int):
+            check_frames(num_cond_frames, name="num_cond_frames")
+            if isinstance(num_frames, int):
+                check_cond_frames(num_cond_frames, num_frames, num_cond_frames)
+        if isinstance(width, int) and isinstance(height, int):
+            check_size(height, width)
+    except InputError as error:
+        return str(error)
+    return True

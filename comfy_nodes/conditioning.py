@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import inputs
-from .host.latents import SIZES, start_latent
+from .host.latents import start_latent
 
 
 class LongCatVideoLatent(io.ComfyNode):
@@ -20,16 +20,12 @@ class LongCatVideoLatent(io.ComfyNode):
             description="The latent to sample: empty for text to video, begun with an image for image to video, begun"
             " with the last frames of a video for continuation. Works with every sampler, stock ones included.",
             inputs=[
+                inputs.model(),
                 inputs.vae(),
                 inputs.width(),
                 inputs.height(),
-                inputs.num_frames("Frames, 4k+1, the image's or video's included."),
+                inputs.num_frames("Frames, the image's or video's included,"),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos made at once."),
-                io.Combo.Input(
-                    "size", options=list(SIZES), default=SIZES[0],
-                    tooltip="Where the size comes from when an image or video is connected: as typed above; that area"
-                    " in the picture's own aspect; or the official bucket nearest to its aspect.",
-                ),
                 inputs.fit(),
                 inputs.num_cond_frames(),
                 io.Image.Input("image", optional=True, tooltip="The first frame of the video."),
@@ -51,12 +47,12 @@ class LongCatVideoLatent(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, vae: Any, width: int, height: int, num_frames: int, batch_size: int, size: str, fit: Any,
+        cls, model: Any, vae: Any, width: int, height: int, num_frames: int, batch_size: int, fit: Any,
         num_cond_frames: int, image: Any = None, video: Any = None,
     ) -> io.NodeOutput:  # fmt: skip
         return io.NodeOutput(
             *start_latent(
-                vae, height=height, width=width, num_frames=num_frames, batch_size=batch_size, size=size, fit=fit,
+                model, vae, height=height, width=width, num_frames=num_frames, batch_size=batch_size, fit=fit,
                 num_cond_frames=num_cond_frames, image=image, video=video,
             )
         )  # fmt: skip

@@ -24,10 +24,10 @@ class LongCatVideoContinue(io.ComfyNode):
                 inputs.model(),
                 inputs.vae(),
                 inputs.positive(),
-                inputs.num_frames(
-                    "Frames of the new segment, 4k+1, its condition frames included: 93 with 13 of them add 80."
-                ),
+                inputs.num_frames("Frames of the new segment, its condition frames included,"),
                 inputs.num_cond_frames(),
+                inputs.width(),
+                inputs.height(),
                 inputs.seed(),
                 inputs.schedule(),
                 inputs.num_steps(),
@@ -46,18 +46,18 @@ class LongCatVideoContinue(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, num_frames: int, num_cond_frames: int) -> bool | str:
-        return inputs.problem(num_frames=num_frames, num_cond_frames=num_cond_frames)
+    def validate_inputs(cls, num_frames: int, num_cond_frames: int, width: int, height: int) -> bool | str:
+        return inputs.problem(num_frames=num_frames, num_cond_frames=num_cond_frames, width=width, height=height)
 
     @classmethod
     def execute(
-        cls, model: Any, vae: Any, positive: Any, num_frames: int, num_cond_frames: int, seed: int, schedule: Any,
-        num_steps: int, guidance_scale: float, fit: Any, vae_tile: int, negative: Any = None, video: Any = None,
-        latent: Any = None,
+        cls, model: Any, vae: Any, positive: Any, num_frames: int, num_cond_frames: int, width: int, height: int,
+        seed: int, schedule: Any, num_steps: int, guidance_scale: float, fit: Any, vae_tile: int, negative: Any = None,
+        video: Any = None, latent: Any = None,
     ) -> io.NodeOutput:  # fmt: skip
         made = continue_clip(
             model, vae, positive, negative, video=video, latent=latent, num_frames=num_frames,
-            num_cond_frames=num_cond_frames, width=None, height=None, schedule=schedule,
+            num_cond_frames=num_cond_frames, width=width or None, height=height or None, schedule=schedule,
             num_steps=inputs.or_none(num_steps), guidance_scale=inputs.or_none(guidance_scale), seed=seed, fit=fit,
             tile=vae_tile,
         )  # fmt: skip

@@ -33,26 +33,31 @@ def negative() -> io.Conditioning.Input:
     )  # fmt: skip
 
 
-def width(default: int = 832) -> io.Int.Input:
+def width() -> io.Int.Input:
     return io.Int.Input(
-        "width", default=default, min=SIZE_MULTIPLE, max=4096, step=SIZE_MULTIPLE, tooltip="Pixels, a multiple of 16."
-    )
+        "width", default=0, min=0, max=4096, step=SIZE_MULTIPLE,
+        tooltip="Pixels, a multiple of 16. 0: the model's own (832), or what suits the connected picture.",
+    )  # fmt: skip
 
 
-def height(default: int = 480) -> io.Int.Input:
+def height() -> io.Int.Input:
     return io.Int.Input(
-        "height", default=default, min=SIZE_MULTIPLE, max=4096, step=SIZE_MULTIPLE, tooltip="Pixels, a multiple of 16."
-    )
+        "height", default=0, min=0, max=4096, step=SIZE_MULTIPLE,
+        tooltip="Pixels, a multiple of 16. 0: the model's own (480), or what suits the connected picture.",
+    )  # fmt: skip
 
 
-def num_frames(tooltip: str = "Frames, 4k+1. The model was trained on 93 (6.2 s at 15 fps).") -> io.Int.Input:
-    return io.Int.Input("num_frames", default=93, min=1, max=4001, step=4, tooltip=tooltip)
+def num_frames(counts: str) -> io.Int.Input:
+    return io.Int.Input(
+        "num_frames", default=0, min=0, max=4001,
+        tooltip=f"{counts} 4k+1: 5, 9, ... 93. 0: the model's own (93, 6.2 seconds).",
+    )  # fmt: skip
 
 
 def num_cond_frames() -> io.Int.Input:
     return io.Int.Input(
-        "num_cond_frames", default=13, min=1, max=1001, step=4,
-        tooltip="Frames of the video that the new part starts from, 4k+1. The model was trained on 13.",
+        "num_cond_frames", default=0, min=0, max=1001,
+        tooltip="Last frames of the video that the new part starts from, 4k+1. 0: the model's own (13).",
     )  # fmt: skip
 
 
@@ -109,16 +114,15 @@ def problem(
     *, num_frames: Any = None, num_cond_frames: Any = None, width: Any = None, height: Any = None
 ) -> bool | str:
     """What `validate_inputs` returns: True, or a sentence. Values that come in over a link are None here, and are
-    checked when the node runs."""
+    checked when the node runs; 0 stands for the model's own."""
     try:
-        if isinstance(num_frames, int):
+        if num_frames:
             check_frames(num_frames)
-        if isinstance(num_cond_frames, int):
+        if num_cond_frames:
             check_frames(num_cond_frames, name="num_cond_frames")
-            if isinstance(num_frames, int):
+            if num_frames:
                 check_cond_frames(num_cond_frames, num_frames, num_cond_frames)
-        if isinstance(width, int) and isinstance(height, int):
-            check_size(height, width)
+        check_size(height or SIZE_MULTIPLE, width or SIZE_MULTIPLE)
     except InputError as error:
         return str(error)
     return True

@@ -42,7 +42,7 @@ class LongCatVideoLong(io.ComfyNode):
                 ),
                 inputs.width(),
                 inputs.height(),
-                inputs.num_frames("Frames of a segment, 4k+1, condition frames included."),
+                inputs.num_frames("Frames of a segment, condition frames included,"),
                 inputs.num_cond_frames(),
                 io.Float.Input(
                     "frame_rate", default=15.0, min=1.0, max=120.0, step=0.01,
@@ -89,8 +89,8 @@ class LongCatVideoLong(io.ComfyNode):
         node_id = cls.hidden.unique_id
         frames = make_long(
             model, vae, clip, prompts=prompts, negative_prompt=negative_prompt, num_segments=num_segments, image=image,
-            video=video, width=width, height=height, num_frames=num_frames, num_cond_frames=num_cond_frames,
-            frame_rate=frame_rate, schedule=schedule, num_steps=inputs.or_none(num_steps),
+            video=video, width=width or None, height=height or None, num_frames=num_frames,
+            num_cond_frames=num_cond_frames, frame_rate=frame_rate, schedule=schedule, num_steps=inputs.or_none(num_steps),
             guidance_scale=inputs.or_none(guidance_scale), handover=handover, seed=seed, fit=fit, tile=vae_tile,
             job_key=graph_key(cls.hidden.prompt, node_id, image, video), node_id=node_id,
         )  # fmt: skip

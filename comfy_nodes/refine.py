@@ -53,11 +53,13 @@ class LongCatVideoRefine(io.ComfyNode):
                     "height", default=0, min=0, max=4096, step=16, tooltip="0: the 720p bucket of the video's aspect."
                 ),
                 io.Int.Input(
-                    "window", default=93, min=5, max=4001, step=1,
-                    tooltip="Source frames refined at once; longer videos go in windows. Fewer need less memory.",
+                    "window", default=0, min=0, max=4001,
+                    tooltip="Source frames refined at once; longer videos go in windows. Fewer need less memory. 0: the"
+                    " model's own (93).",
                 ),
                 io.Int.Input(
-                    "overlap", default=13, min=1, max=1001, step=1, tooltip="Source frames that two windows share."
+                    "overlap", default=0, min=0, max=1001,
+                    tooltip="Source frames that two windows share. 0: the model's own (13).",
                 ),
                 inputs.fit(),
                 inputs.vae_tile(),
@@ -85,7 +87,8 @@ class LongCatVideoRefine(io.ComfyNode):
         refined = refine_clip(
             model, vae, positive, frames=frames, image=image, video=video, lora=refine_lora, sparsity=sparsity,
             refine_steps=refine_steps or None, t_thresh=t_thresh, spatial_only=spatial_only,
-            width=width or None, height=height or None, window=window, overlap=overlap, seed=seed, fit=fit, tile=vae_tile, job_key=graph_key(cls.hidden.prompt, node_id, frames, image, video),
+            width=width or None, height=height or None, window=window, overlap=overlap, seed=seed, fit=fit,
+            tile=vae_tile, job_key=graph_key(cls.hidden.prompt, node_id, frames, image, video),
             node_id=node_id, frame_rate=rate,
         )  # fmt: skip
         return io.NodeOutput(refined, rate)

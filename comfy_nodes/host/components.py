@@ -13,11 +13,11 @@ from torch import Tensor
 from lcv_core.errors import InputError
 from lcv_core.pipelines.base import Components
 from lcv_core.vae.tiling import Tiling
-from lcv_core.weights.checkpoint import Checkpoint
 
 from .lora import applied_loras, apply_lora
-from .native import CHECKPOINT, require_longcat
+from .native import checkpoint_of, native_of, require_longcat
 from .sampling import bsa_of, denoise_in_host
+from .schedule import flow_shift
 from .text import Conditioning, HostEncoder
 from .vae import check_vae, host_vae
 
@@ -69,11 +69,6 @@ class HostComponents(Components):
         return host_vae(self.host_vae)
 
 
-def checkpoint_of(model: Any) -> Checkpoint | None:
-    """What our loader read this MODEL from; None when something else made it."""
-    return model.get_attachment(CHECKPOINT)
-
-
 def components(
     model: Any, *, vae: Any = None, clip: Any = None, positive: Conditioning | None = None,
     negative: Conditioning | None = None, adapters: dict[str, Path] | None = None, tile: int = 0,
@@ -83,16 +78,12 @@ def components(
     if vae is not None:
         check_vae(vae)
     checkpoint = checkpoint_of(model)
-    options: dict[str, Any] = {}
-    if checkpoint is not None:
-        options = {"native": checkpoint.native, "flow_shift": checkpoint.flow_shift, "adapters": checkpoint.adapters}
-    options["flow_shift"] = float(getattr(model.get_model_object("model_sampling"), "shift", 12.0))
-    if adapters is not None:
-        options["adapters"] = adapters
+    if adapters is None:
+        adapters = {} if checkpoint is None else checkpoint.adapters
     return HostComponents(
         dit=inner.diffusion_model, model=model, host_vae=vae, positive=positive, negative=negative,
         text_encoder=None if clip is None else HostEncoder(clip), tiling=Tiling(tile, tile * 3 // 4) if tile else None,
-        **options,
+        adapters=adapters, native=native_of(model), flow_shift=flow_shift(model),
     )  # fmt: skip
 
 

@@ -10,24 +10,26 @@ from torch import Tensor
 from lcv_core.errors import InputError
 from lcv_core.image_io import as_frames, resize_frames
 from lcv_core.names import Fit
-from lcv_core.pipelines.base import to_pixels
-from lcv_core.shapes import bucket, check_cond_frames, check_size, latent_shape, num_latents, size_for_area
+from lcv_core.pipelines.base import native_size, to_pixels
+from lcv_core.shapes import check_cond_frames, check_size, latent_shape, num_latents
 
+from .native import native_of
 from .sampling import Latent, condition_mask
 from .vae import check_vae, host_vae
 
-SIZES = ("as typed", "picture's aspect, same area", "480p bucket", "720p bucket")
-
 
 def start_latent(
-    vae: Any, *, height: int, width: int, num_frames: int, batch_size: int, size: str, fit: Fit, num_cond_frames: int,
+    model: Any, vae: Any, *, height: int, width: int, num_frames: int, num_cond_frames: int, batch_size: int, fit: Fit,
     image: Any = None, video: Any = None,
 ) -> tuple[Latent, int, int]:  # fmt: skip
-    """(LATENT, width, height). An image is one condition frame, a video its last num_cond_frames."""
+    """(LATENT, width, height). An image is one condition frame, a video its last num_cond_frames. 0 stands for the
+    model's own sizes and counts; with a picture, for the size that suits its aspect."""
     check_vae(vae)
+    native = native_of(model)
+    num_frames, num_cond_frames = num_frames or native.num_frames, num_cond_frames or native.num_cond_frames
     frames = _condition(image, video, num_frames, num_cond_frames)
-    if frames is not None:
-        height, width = _size(size, height, width, *frames.shape[1:3])
+    own = (native.height, native.width) if frames is None else native_size(native, *frames.shape[1:3])
+    height, width = height or own[0], width or own[1]
     check_size(height, width)
     shape = latent_shape(num_frames, height, width, channels=vae.latent_channels)
     samples = torch.zeros(batch_size, *shape)
@@ -52,16 +54,6 @@ def _condition(image: Any, video: Any, num_frames: int, num_cond_frames: int) ->
     clip = as_frames(video)
     check_cond_frames(num_cond_frames, num_frames, clip.shape[0])
     return clip[-num_cond_frames:]
-
-
-def _size(name: str, height: int, width: int, picture_height: int, picture_width: int) -> tuple[int, int]:
-    if name == SIZES[1]:
-        return size_for_area(height * width, picture_height, picture_width)
-    if name == SIZES[2]:
-        return bucket("480p", picture_height, picture_width)
-    if name == SIZES[3]:
-        return bucket("720p", picture_height, picture_width)
-    return height, width
 
 
 def tail_latents(latent: Latent, num_cond_frames: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from lcv_core.planning import activation_bytes, kv_cache_bytes
 from torch import Tensor
 
-from lcv_core.config import DiTConfig, VAEConfig
+from lcv_core.config import DiTConfig, Native, VAEConfig
 from lcv_core.errors import InputError
 from lcv_core.text.encoder import fit_text
 from lcv_core.weights.assemble import load_strictly
@@ -182,6 +182,18 @@ class _Stored:
         small = name.endswith(".weight") and any(part in name for part in (".attn.", ".cross_attn.", ".ffn."))
         small = small and "norm" not in name
         return self._tensors.read(name, device, self._small if small else self._base)
+
+
+def checkpoint_of(model: Any) -> Checkpoint | None:
+    """What our loader read this MODEL from; None when something else made it."""
+    return model.get_attachment(CHECKPOINT)
+
+
+def native_of(model: Any) -> Native:
+    """The job that a LongCat-Video MODEL was made for; InputError for another model."""
+    require_longcat(model)
+    checkpoint = checkpoint_of(model)
+    return Native() if checkpoint is None else checkpoint.native
 
 
 def require_longcat(model: Any) -> Any:

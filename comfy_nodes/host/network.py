@@ -93,7 +93,7 @@ def _call(function: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tens
 def _proven(function: Any, device: torch.device, dtype: torch.dtype, head_dim: int) -> Any:
     """The attention function, if it is right for fewer queries than keys, as condition frames need; else PyTorch's."""
     try:
-        check_attention(partial(_call, function), device=device, dtype=dtype, head_dim=head_dim, tolerance=1e-1)
+        check_attention(partial(_call, function), device, dtype, head_dim, tolerance=1e-1)
     except BackendUnavailable as error:
         log.warning("the chosen attention is not used for LongCat-Video: %s; PyTorch's is used instead", error)
         return comfy_attention.attention_pytorch

@@ -96,12 +96,16 @@ def continue_clip(
     num_frames: int, num_cond_frames: int, width: int | None, height: int | None, schedule: Schedule,
     num_steps: int | None, guidance_scale: float | None, seed: int, fit: Fit, tile: int,
 ) -> Continued:  # fmt: skip
-    """Add num_frames - num_cond_frames frames to a video, from its frames or from the latents it was decoded from."""
+    """Add num_frames - num_cond_frames frames to a video, from its frames or from the latents it was decoded from.
+
+    0 stands for the model's own counts.
+    """
     if video is None and latent is None:
         raise InputError("connect a video, or the latent of one")
     c = components(model, vae=vae, positive=positive, negative=negative, tile=tile)
     _check_distilled(c, schedule)
     clip = None if video is None else as_frames(video)
+    num_frames, num_cond_frames = num_frames or c.native.num_frames, num_cond_frames or c.native.num_cond_frames
     run = _run(schedule, num_steps, guidance_scale)
     bar = StepBar(model, len(run.sigmas(c.flow_shift, uniform_tail=True)) - 1)
     options: Options = {
@@ -183,7 +187,8 @@ def make_long(
 
     segments = long_video_segments(
         c, text=lines, num_segments=num_segments or None, image=image, frames=video, negative_text=negative_prompt,
-        height=height, width=width, num_frames=num_frames, num_cond_frames=num_cond_frames, num_steps=num_steps,
+        height=height, width=width, num_frames=num_frames or None, num_cond_frames=num_cond_frames or None,
+        num_steps=num_steps,
         guidance_scale=guidance_scale, schedule=schedule, handover=handover, seed=seed, fit=fit, store=store,
         on_step=on_step,
     )  # fmt: skip
@@ -223,11 +228,13 @@ def refine_clip(
     `make_long`.
     """
     clip = as_frames(frames)
-    c = components(model, vae=vae, positive=positive, adapters=_refinement(model, lora), tile=tile)
+    c = components(model, vae=vae, positive=positive, adapters=_refinement(lora), tile=tile)
     if lora != paths.NONE:
         need_adapter(c, "refinement")
     bsa = BSAConfig(sparsity=sparsity) if sparsity > 0 else None
-    windows = plan_windows(clip.shape[0], window, min(overlap, window // 2))
+    window = window or c.native.num_frames
+    overlap = min(overlap or c.native.num_cond_frames, window // 2)
+    windows = plan_windows(clip.shape[0], window, overlap)
     steps = len(refine_sigmas(c, t_thresh, REFINE_DEFAULT_STEPS, refine_steps)) - 1
     bar = StepBar(model, steps * len(windows))
     store = SegmentStore(paths.work_folder() / job_key, job_key)
@@ -237,14 +244,14 @@ def refine_clip(
 
     segments = long_refine_segments(
         c, text=text_states(positive), read=lambda start, stop: clip[start:stop], total_frames=clip.shape[0],
-        window=window, overlap=min(overlap, window // 2), image=image, video=video, spatial_only=spatial_only,
+        window=window, overlap=overlap, image=image, video=video, spatial_only=spatial_only,
         time_mapping="stretch" if len(windows) == 1 else "exact", seed=seed, store=store, on_step=on_step,
         t_thresh=t_thresh, refine_steps=refine_steps, height=height, width=width, bsa=bsa, fit=fit,
     )  # fmt: skip
     return _collect(segments, store, node_id, frame_rate)
 
 
-def _refinement(model: Any, lora: str) -> dict[str, Path] | None:
+def _refinement(lora: str) -> dict[str, Path] | None:
     """The adapters of a refine job; None: those of the checkpoint."""
     if lora == paths.AUTO:
         return None

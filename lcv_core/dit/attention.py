@@ -91,7 +91,7 @@ _AUTO_ORDER = ("flash3", "flash2")
 
 
 def check_attention(
-    attend: Attend, *, device: torch.device, dtype: torch.dtype, head_dim: int, tolerance: float = 2e-2
+    attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, tolerance: float = 2e-2
 ) -> None:
     """BackendUnavailable unless `attend` agrees with fp32 sdpa at q_len 48, kv_len 80 within a relative error."""
     generator = torch.Generator().manual_seed(0)
@@ -123,7 +123,7 @@ def _resolve(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
             raise BackendUnavailable(f"it needs a CUDA GPU, the model is on {device}")
         if dtype not in HALF:
             raise BackendUnavailable(f"it needs fp16 or bf16, the model is in {dtype}")
-        check_attention(attend, device=device, dtype=dtype, head_dim=head_dim, tolerance=tolerance)
+        check_attention(attend, device, dtype, head_dim, tolerance)
     except BackendUnavailable as error:
         raise BackendUnavailable(f'attention backend "{name}" is not usable: {error}; "sdpa" always is') from None
     return attend

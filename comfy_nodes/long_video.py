@@ -90,7 +90,8 @@ class LongCatVideoLong(io.ComfyNode):
         frames = make_long(
             model, vae, clip, prompts=prompts, negative_prompt=negative_prompt, num_segments=num_segments, image=image,
             video=video, width=width or None, height=height or None, num_frames=num_frames,
-            num_cond_frames=num_cond_frames, frame_rate=frame_rate, schedule=schedule, num_steps=inputs.or_none(num_steps),
+            num_cond_frames=num_cond_frames, frame_rate=frame_rate, schedule=schedule,
+            num_steps=inputs.or_none(num_steps),
             guidance_scale=inputs.or_none(guidance_scale), handover=handover, seed=seed, fit=fit, tile=vae_tile,
             job_key=graph_key(cls.hidden.prompt, node_id, image, video), node_id=node_id,
         )  # fmt: skip

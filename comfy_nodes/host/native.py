@@ -14,7 +14,6 @@ import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models_base
 import torch
-from lcv_core.planning import activation_bytes, kv_cache_bytes
 from torch import Tensor
 
 from lcv_core.config import DiTConfig, Native, VAEConfig
@@ -86,15 +85,6 @@ class LongCatVideo(comfy.model_base.BaseModel):
     ) -> Tensor:  # fmt: skip
         options = {**(transformer_options or {}), WEIGHTS_OPTION: weights_key(self.current_patcher)}
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
-
-    def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
-        """Bytes that one forward needs beyond the weights, the KV cache included."""
-        batch, grid = input_shape[0], tuple(input_shape[2:])
-        config, dtype = self.diffusion_model.config, self.diffusion_model.dtype
-        needed = activation_bytes(config, grid, batch=batch, dtype=dtype)
-        if self.num_cond_latents:
-            needed += kv_cache_bytes(config, grid, self.num_cond_latents, dtype)
-        return float(needed)
 
 
 def leading_zeros(mask: Tensor | None, frames: int) -> int:

@@ -6,6 +6,7 @@ import math
 import socket
 import subprocess
 import sys
+from html.entities import html5
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from lcv_core.config import TextConfig
 from lcv_core.errors import CheckpointError, InputError
+from lcv_core.text import prompt as cleaning
 from lcv_core.text.encoder import TextEncoder, TextStates, build_text_model, load_tokenizer
 from lcv_core.text.prompt import DEFAULT_NEGATIVE_PROMPT, clean_prompt, tokenize
 from lcv_core.weights.init import text_state, write_tokenizer
@@ -86,6 +88,79 @@ def test_negative_prompt_survives_cleaning():
     assert DEFAULT_NEGATIVE_PROMPT.startswith("Bright tones, overexposed, static, blurred details, subtitles, style,")
     assert DEFAULT_NEGATIVE_PROMPT.endswith("three legs, many people in the background, walking backwards")
     assert len(DEFAULT_NEGATIVE_PROMPT.split(", ")) == 28
+
+
+@pytest.fixture
+def without_ftfy(monkeypatch):
+    """clean_prompt on a machine that lacks ftfy; the function that warns forgets that it did."""
+    cleaning._warn_no_ftfy.cache_clear()
+
+    def clean(text):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "ftfy", None)
+            return clean_prompt(text)
+
+    yield clean
+    cleaning._warn_no_ftfy.cache_clear()
+
+
+ASCII = [chr(i) for i in range(128)]
+PIECES = [
+    *ASCII, "a red ball", "&amp;", "&lt;", "&gt;", "&amp;amp;", "&AMP;", "&EXCL;", "&SZLIG;", "&nTILDE;", "&quot",
+    "&#10;", "&#x7;", "&#38;", "&nbsp;", "&NewLine;", "&fjlig;", "&FJLIG;", "<b>", "\r\n", "\x1b[", "\x1b[31m",
+    "\x1b[0;1m", "\x1b]0;", "&notanentity;", "&;", "&#;", "&#xZZ;",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [*PIECES, "<" + "".join(PIECES), "".join(reversed(PIECES)), DEFAULT_NEGATIVE_PROMPT])
+def test_ascii_is_cleaned_the_same_without_ftfy(without_ftfy, caplog, text):
+    assert without_ftfy(text) == clean_prompt(text)
+    assert not caplog.records
+
+
+@settings(max_examples=500)
+@given(text=st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_any_ascii_is_cleaned_the_same_without_ftfy(text):
+    warned = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "ftfy", None)
+        patch.setattr(cleaning, "_warn_no_ftfy", lambda: warned.append(True))
+        got = clean_prompt(text)
+    assert got == clean_prompt(text) or warned
+    assert not warned or "&" in text  # pieces may make up an entity of another character
+
+
+def test_every_entity_is_cleaned_the_same_or_warned_about(monkeypatch):
+    warned = []
+    monkeypatch.setattr(cleaning, "_warn_no_ftfy", lambda: warned.append(True))
+    silent = 0
+    for name in [*html5, *(name.upper() for name in html5), *(f"#{i};" for i in range(300))]:
+        text = f"a &{name} b"
+        expected = clean_prompt(text)
+        warned.clear()
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "ftfy", None)
+            got = clean_prompt(text)
+        assert got == expected or warned, text
+        silent += not warned
+    assert silent > 500
+
+
+def test_other_text_is_cleaned_as_far_as_possible_with_one_warning(without_ftfy, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert without_ftfy("  sch\u00f6n &amp;amp; \x1b[31mred\x07\u3000 \u4e00 ") == "sch\u00f6n & red \u4e00"
+        assert (
+            without_ftfy("half a pair \ud800, a whole one \ud83d\ude00") == "half a pair \ufffd, a whole one \U0001f600"
+        )
+        assert without_ftfy("caf&eacute;") == "caf\u00e9"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "`pip install ftfy`" in record.getMessage()
+
+
+def test_ftfy_itself_is_never_warned_about(caplog):
+    cleaning._warn_no_ftfy.cache_clear()
+    assert clean_prompt("sch\u00c3\u00b6n") == "sch\u00f6n"
+    assert not caplog.records
 
 
 # tokenising

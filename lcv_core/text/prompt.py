@@ -6,6 +6,8 @@ import html
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
+from html.entities import html5
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +28,10 @@ DEFAULT_NEGATIVE_PROMPT = (
 _CUT_TOKENS_SHOWN = 16  # enough to hold the first few words of what a long prompt loses
 _CUT_WORDS_SHOWN = 5
 
+_ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
+_TERMINAL_ESCAPE = re.compile(r"\x1b\[[\d;]*[a-zA-Z]")
+_CONTROL_CHARACTERS = dict.fromkeys(i for i in (*range(0x20), 0x7F) if chr(i) not in "\t\n\f\r")
+
 
 class Tokenizer(Protocol):
     """What `tokenize` needs: any fast transformers tokenizer has it, `SentencePieceTokenizer` too."""
@@ -45,14 +51,64 @@ def clean_prompt(text: str) -> str:
     """The prompt as the model was trained to see it: repaired unicode, no HTML entities, single spaces.
 
     ftfy, HTML unescape twice (prompts that went through a web form are often escaped twice), whitespace collapsed.
-    The same text gives the same string, which makes it the key of the embedding cache. InputError if not a string.
+    Without ftfy the result is the same for text that is ASCII and names no other character by an entity; the first
+    other text is warned about. The same text gives the same string, which makes it the key of the embedding cache.
+    InputError if not a string.
     """
     if not isinstance(text, str):
         raise InputError(f"a prompt must be text, got {type(text).__name__}")
-    import ftfy
-
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    try:
+        from ftfy import fix_text
+    except ImportError:
+        fix_text = _fix_ascii
+    text = html.unescape(html.unescape(fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
+
+
+def _fix_ascii(text: str) -> str:
+    """What ftfy does to ASCII text: entities of a text without markup, terminal escapes, control characters."""
+    lines, plain = [], True
+    for line in text.split("\n"):
+        plain = plain and "<" not in line  # from the first "<" on the text is markup, its entities are left alone
+        lines.append(_fix_line(line, plain))
+    text = "\n".join(lines)
+    if not "".join(text.split()).isascii():
+        _warn_no_ftfy()
+        # Half of a surrogate pair would stop the tokenizer.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _fix_line(line: str, plain: bool) -> str:
+    while True:
+        before = line
+        if plain:
+            line = _ENTITY.sub(_unescape_entity, line)
+        line = line.replace("\r", "\n")
+        line = _TERMINAL_ESCAPE.sub("", line).translate(_CONTROL_CHARACTERS)
+        if line == before:
+            return line
+
+
+def _unescape_entity(match: re.Match[str]) -> str:
+    """An entity that ends in a semicolon, also one that was written in capitals: &EXCL; is &excl;."""
+    entity = match.group()
+    if entity.startswith("&#"):
+        character = html.unescape(entity)
+        return entity if ";" in character else character
+    name = entity[1:]
+    if name in html5:
+        return html5[name]
+    shouted = name == name.upper() and html.unescape(entity) == entity
+    return html5[name.lower()].upper() if shouted and name.lower() in html5 else entity
+
+
+@cache
+def _warn_no_ftfy() -> None:
+    logger.warning(
+        "a prompt has characters other than ASCII, which ftfy would repair where they are damaged and simplify (quotes,"
+        " ligatures, full width) as the model expects; it is not installed: `pip install ftfy`"
+    )
 
 
 def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], max_length: int = 512) -> tuple[torch.Tensor, torch.Tensor]:

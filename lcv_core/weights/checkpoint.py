@@ -16,6 +16,7 @@ import torch
 from lcv_core.config import DiTConfig, Native, TextConfig, VAEConfig, read_json
 from lcv_core.errors import CheckpointError
 from lcv_core.weights.assemble import Assembly, assemble, load_strictly
+from lcv_core.weights.gguf import T5_ENCODER, restore_patch
 from lcv_core.weights.infer import check_dit_config, infer_dit_config, infer_text_config, infer_vae_config
 from lcv_core.weights.keymaps import DIT_DIALECTS, WAN_UMT5, WAN_VAE
 from lcv_core.weights.recognise import TITLES, dit_dialect, kind_of, title
@@ -30,6 +31,7 @@ Device = torch.device | str
 PARTS = ("dit", "vae", "text_encoder", "tokenizer")
 FLOW_SHIFT = 12.0
 _DIT_FOLDERS = ("dit", "transformer")  # official, FastVideo
+_TEXT_DIALECTS = {"token_embedding.weight": WAN_UMT5, "token_embd.weight": T5_ENCODER}
 # Parts of file names, official and Kijai's.
 ADAPTER_NAMES = {
     "distill": ("cfg_step_lora", "longcat_distill_lora"),
@@ -90,7 +92,7 @@ class Checkpoint:
     def load_dit(
         self, *, device: Device = "cpu", dtype: torch.dtype | None = None, operations: Any = None
     ) -> LongCatDiT:
-        """The transformer in eval mode, in `dtype` or as stored (quantised weights as bf16).
+        """The transformer in eval mode, in `dtype` or as stored (quantised weights, GGUF's too, as bf16).
 
         operations: layer namespace for the model (see LongCatDiT). Raises CheckpointError on any mismatch.
         """
@@ -161,7 +163,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Find the parts of a checkpoint and check the transformer's headers and config; no weights are read.
 
-    path: an official folder, its `dit` subfolder, or a single transformer file (official, Kijai or FastVideo names).
+    path: an official folder, its `dit` subfolder, or a single transformer file (official, Kijai or FastVideo names),
+        safetensors or GGUF.
     vae, text_encoder, tokenizer: parts that are elsewhere; they win over those found. A tokenizer may be the folder,
         or one of the files in it.
     Raises CheckpointError when nothing usable is there, or the transformer is another model's.
@@ -248,7 +251,9 @@ def open_dit(path: Path) -> Assembly:
     if dialect is None:
         raise CheckpointError(f"{path} is not a LongCat-Video transformer: it looks like {title(names)}")
     name, prefix = dialect
-    return assemble(source, DIT_DIALECTS[name][1], prefix=prefix, what=str(path))
+    mark, rules = DIT_DIALECTS[name]
+    restore_patch(source, f"{prefix}{mark}")
+    return assemble(source, rules, prefix=prefix, what=str(path))
 
 
 def open_vae(path: Path) -> tuple[VAEConfig, Assembly]:
@@ -285,8 +290,8 @@ def open_text_encoder(path: Path) -> tuple[TextConfig, Assembly]:
     source = TensorSource.open(path)
     if kind_of(source) != "text_encoder":
         raise CheckpointError(f"{path} is not the umT5 text encoder: it looks like {title(source)}")
-    original = "token_embedding.weight" in source
-    tensors = assemble(source, WAN_UMT5 if original else None, what=str(path))
+    rules = next((rules for mark, rules in _TEXT_DIALECTS.items() if mark in source), None)
+    tensors = assemble(source, rules, what=str(path))
     # The input embedding is stored twice in some files, once in others and under either name.
     tied = tensors.pieces.pop("encoder.embed_tokens.weight", None)
     if tied is not None:

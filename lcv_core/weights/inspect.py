@@ -26,7 +26,7 @@ from lcv_core.weights.assemble import Assembly
 from lcv_core.weights.checkpoint import Checkpoint, locate, open_checkpoint, open_text_encoder, open_vae
 from lcv_core.weights.lora_keys import group
 from lcv_core.weights.recognise import TITLES, kind_of, title
-from lcv_core.weights.tensors import StateDict, TensorSource, TensorStore
+from lcv_core.weights.tensors import StateDict, TensorSource, TensorStore, dtype_name
 
 Kind = Literal["official folder", "single file", "lora", "vae", "text encoder", "avatar", "unknown"]
 
@@ -51,7 +51,7 @@ _BF16 = 2  # bytes
 
 @dataclass(frozen=True)
 class Part:
-    """One model on disk. dtypes: bytes of tensors by dtype name, as stored. parameters: without quantisation scales."""
+    """One model on disk. dtypes: bytes of tensors by dtype or GGUF type, as stored. parameters: without scales."""
 
     name: str
     path: Path
@@ -222,10 +222,18 @@ def _part(name: str, path: Path, tensors: TensorStore) -> Part:
     store = tensors.store if isinstance(tensors, Assembly) else tensors
     dtypes: dict[str, int] = {}
     for key in store.keys():  # noqa: SIM118  (a store is not a mapping)
-        dtype = str(store.dtype(key)).removeprefix("torch.")
-        dtypes[dtype] = dtypes.get(dtype, 0) + math.prod(store.shape(key)) * store.dtype(key).itemsize
+        dtype, size = _storage(store, key)
+        dtypes[dtype] = dtypes.get(dtype, 0) + size
     parameters = sum(math.prod(tensors.shape(key)) for key in tensors.keys())  # noqa: SIM118
     return Part(name, path, _file_bytes(path, store), parameters, dtypes)
+
+
+def _storage(store: TensorStore, name: str) -> tuple[str, int]:
+    """(dtype, bytes) of a tensor as stored."""
+    if isinstance(store, TensorSource):
+        return store.storage(name)
+    dtype = store.dtype(name)
+    return dtype_name(dtype), math.prod(store.shape(name)) * dtype.itemsize
 
 
 def _file_bytes(path: Path, store: TensorStore) -> int:

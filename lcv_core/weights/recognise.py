@@ -11,6 +11,12 @@ Kind = Literal["dit", "avatar", "lora", "vae", "text_encoder", "other"]
 
 AVATAR_MARKS = ("audio_cross_attn", "audio_proj", "audio_adaLN_modulation", "audio_modulation")
 LORA_MARKS = (".lora_", "___lorahyphen___", ".lora.", ".hada_", ".lokr_", ".dora_scale")
+# Tensors of a umT5 encoder under the names of transformers, Wan and llama.cpp.
+TEXT_MARKS = {
+    "encoder.block.0.layer.0.SelfAttention.q.weight",
+    "blocks.0.pos_embedding.embedding.weight",
+    "enc.blk.0.attn_rel_b.weight",
+}
 
 # All of these parts of names present (tried in order) -> what to call it.
 _OTHERS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -31,6 +37,7 @@ _OTHERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("encoder.down_blocks.0.resnets.",), "an image VAE"),
     (("text_model.encoder.layers.",), "a CLIP text encoder"),
     (("model.layers.0.self_attn.",), "a language model"),
+    (("blk.0.attn_q",), "a language model"),
 )
 # Modules that only another model's adapter has.
 _LORA_OTHERS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -87,7 +94,7 @@ def kind_of(names: Iterable[str]) -> Kind:
     known = set(names)
     if {"decoder.conv_in.weight", "decoder.norm_out.gamma"} <= known or "decoder.middle.0.residual.0.gamma" in known:
         return "vae"
-    if "encoder.block.0.layer.0.SelfAttention.q.weight" in known or "blocks.0.pos_embedding.embedding.weight" in known:
+    if known & TEXT_MARKS:
         return "text_encoder"
     return "other"
 

@@ -1,4 +1,4 @@
-"""Lazy reading of safetensors: headers when opened, one tensor at a time after that.
+"""Lazy reading of safetensors: headers when opened, one tensor at a time after that. GGUF files join in (`gguf.py`).
 
 The format: eight bytes of header length (little endian), a JSON object {name: {dtype, shape, data_offsets}}, the data.
 Everything that can be wrong with a download is told apart here, in one sentence each.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lcv_core.config import read_json
 from lcv_core.errors import CheckpointError
+from lcv_core.weights.gguf import GGUFFile, is_gguf
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -32,7 +33,6 @@ _IMPOSTORS = (
     (b"<", "is a web page, not the weights; the download needs a log-in or the address is wrong"),
     (b"PK\x03\x04", "is a PyTorch pickle; unpickling can run code, so only safetensors is read: convert it"),
     (b"\x80", "is a Python pickle; unpickling can run code, so only safetensors is read: convert it"),
-    (b"GGUF", "is a GGUF file, which is not supported; use the .safetensors file of the model"),
 )
 
 
@@ -81,7 +81,13 @@ class TensorFile:
         return self.entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
+        """The dtype that `read` gives when none is asked for."""
         return self.entries[name].dtype
+
+    def storage(self, name: str) -> tuple[str, int]:
+        """(dtype, bytes) as stored."""
+        entry = self.entries[name]
+        return dtype_name(entry.dtype), entry.stop - entry.start
 
     def read(self, name: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of its own memory; None leaves it on the CPU, in the dtype of the file. "meta" reads nothing."""
@@ -98,6 +104,16 @@ class TensorFile:
                     raise CheckpointError(f"{self.path} changed while it was read; download it again")
                 done += count
         return raw.view(entry.dtype).reshape(entry.shape).to(device=device, dtype=dtype)
+
+
+def open_file(path: str | Path) -> TensorFile | GGUFFile:
+    """One file, by what is in it: GGUF, else safetensors."""
+    path = Path(path)
+    return GGUFFile(path) if is_gguf(path) else TensorFile(path)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _read_header(path: Path, first: bytes, size: int, file: BinaryIO) -> bytes:
@@ -148,16 +164,16 @@ def _check_sizes(path: Path, entries: dict[str, Entry], available: int) -> None:
 
 
 class TensorSource:
-    """The tensors of one or many safetensors files as one set.
+    """The tensors of one or many safetensors files, or of a GGUF file, as one set.
 
     `TensorSource.open(path)` takes a file, or a folder: the shards of its index when there is one, else every
-    safetensors file in it. CheckpointError names the shard that is missing or the tensor that is not where the index
-    says.
+    safetensors file in it, else its one GGUF file. CheckpointError names the shard that is missing or the tensor that
+    is not where the index says.
     """
 
-    def __init__(self, files: Iterable[TensorFile]) -> None:
+    def __init__(self, files: Iterable[TensorFile | GGUFFile]) -> None:
         self.files = tuple(files)
-        self._home: dict[str, TensorFile] = {}
+        self._home: dict[str, TensorFile | GGUFFile] = {}
         for file in self.files:
             for name in file.entries:
                 if name in self._home:
@@ -171,7 +187,7 @@ class TensorSource:
     def open(cls, path: str | Path) -> TensorSource:
         path = Path(path)
         if not path.is_dir():
-            return cls([TensorFile(path)])
+            return cls([open_file(path)])
         indexes = sorted(path.glob("*.safetensors.index.json"))
         if len(indexes) > 1:
             names = ", ".join(index.name for index in indexes)
@@ -180,8 +196,13 @@ class TensorSource:
             return cls._open_index(path, indexes[0])
         files = sorted(path.glob("*.safetensors"))
         if not files:
-            raise CheckpointError(f"{path} holds no .safetensors file")
-        return cls(TensorFile(file) for file in files)
+            files = sorted(path.glob("*.gguf"))
+            if len(files) > 1:  # the same model in several sizes, as these are published
+                names = ", ".join(file.name for file in files)
+                raise CheckpointError(f"{path} has {len(files)} GGUF files ({names}); name one of them instead")
+        if not files:
+            raise CheckpointError(f"{path} holds no .safetensors or .gguf file")
+        return cls(open_file(file) for file in files)
 
     @classmethod
     def _open_index(cls, folder: Path, index: Path) -> TensorSource:
@@ -227,6 +248,10 @@ class TensorSource:
 
     def dtype(self, name: str) -> torch.dtype:
         return self._home[name].dtype(name)
+
+    def storage(self, name: str) -> tuple[str, int]:
+        """(dtype or GGUF type, bytes) as stored."""
+        return self._home[name].storage(name)
 
     def read(self, name: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """See `TensorFile.read`."""

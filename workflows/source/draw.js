@@ -1,0 +1,53 @@
+// Draws a workflow in ComfyUI's front end and returns { workflow, prompt }. Runs inside its page; `spec` is a Workflow
+// of graphs.py as plain data.
+async (spec) => {
+  const app = window.app ?? window.comfyAPI.app.app;
+  const LiteGraph = window.LiteGraph;
+  app.graph.clear();
+  const made = {};
+  for (const node of spec.nodes) {
+    const drawn = LiteGraph.createNode(node.type);
+    if (!drawn) throw new Error(`the front end does not know ${node.type}`);
+    drawn.pos = [...node.at];
+    app.graph.add(drawn);
+    if (node.title) drawn.title = node.title;
+    if (node.muted) drawn.mode = LiteGraph.NEVER;
+    for (const [name, value] of Object.entries(node.values)) {
+      const widget = drawn.widgets?.find((one) => one.name === name);
+      if (!widget) throw new Error(`${node.type} has no widget ${name}`);
+      widget.value = value;
+    }
+    const smallest = drawn.computeSize();
+    drawn.setSize([Math.max(node.size[0], smallest[0]), Math.max(node.size[1], smallest[1])]);
+    made[node.key] = drawn;
+  }
+  for (const node of spec.nodes) {
+    for (const [name, [key, output]] of Object.entries(node.links)) {
+      const target = made[node.key];
+      let input = target.findInputSlot(name);
+      if (input < 0 && target.convertWidgetToInput) {
+        target.convertWidgetToInput(target.widgets.find((one) => one.name === name));
+        input = target.findInputSlot(name);
+      }
+      if (input < 0) throw new Error(`${node.type} has no input ${name}`);
+      made[key].connect(output, target, input);
+    }
+  }
+  for (const group of spec.groups) {
+    const drawn = new LiteGraph.LGraphGroup(group.title);
+    drawn.pos = [...group.at];
+    drawn.size = [...group.size];
+    drawn.color = group.colour;
+    app.graph.add(drawn);
+  }
+  const [at, size, text] = spec.note;
+  const note = LiteGraph.createNode("MarkdownNote");
+  note.pos = [...at];
+  note.title = "Read me";
+  app.graph.add(note);
+  note.widgets[0].value = text;
+  note.setSize([...size]);
+  const workflow = app.graph.serialize();
+  const { output } = await app.graphToPrompt();
+  return { workflow, prompt: output };
+}

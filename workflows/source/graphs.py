@@ -1,0 +1,369 @@
+"""The shipped workflows: nodes, links, places, groups and notes. `build.py` draws them in the real front end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Link = tuple[str, int]  # (key of the node, number of its output)
+Note = tuple[tuple[int, int], tuple[int, int], str]
+
+NOTES = Path(__file__).with_name("notes")
+
+# One grid for all workflows: columns of nodes, with room for links between them.
+COLUMN, GAP, TOP = 400, 60, 100
+BLUE, GREEN, PURPLE, GOLD = "#3f789e", "#88aa88", "#8888aa", "#b58b2a"  # of the front end's own palette
+
+
+@dataclass(frozen=True)
+class Node:
+    """key: its name here. at: (x, y). values: widgets by name. links: inputs by name. muted: there to be connected."""
+
+    key: str
+    type: str
+    at: tuple[int, int]
+    size: tuple[int, int]
+    values: dict[str, Any] = field(default_factory=dict)
+    links: dict[str, Link] = field(default_factory=dict)
+    title: str = ""
+    muted: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    title: str
+    at: tuple[int, int]
+    size: tuple[int, int]
+    colour: str = BLUE
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """name: of the files. note: (at, size, Markdown)."""
+
+    name: str
+    nodes: tuple[Node, ...]
+    groups: tuple[Group, ...]
+    note: Note
+
+
+def x(column: int) -> int:
+    return column * (COLUMN + GAP)
+
+
+BALL = "a large red ball moves left on a black background"
+NEGATIVE = (
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall"
+    " gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands,"
+    " poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three"
+    " legs, many people in the background, walking backwards"
+)
+MINIATURE = "miniature (built in)"
+
+
+def loader(weight_dtype: str = "default") -> Node:
+    values = {"checkpoint": MINIATURE, "weight_dtype": weight_dtype, "vae": "auto", "text_encoder": "auto"}
+    return Node("loader", "LongCatVideoLoader", (x(0), TOP), (COLUMN, 190), values)
+
+
+def prompt(text: str = BALL, key: str = "positive", title: str = "Prompt", at: tuple[int, int] = (0, 0)) -> Node:
+    place = at if at != (0, 0) else (x(1), TOP)
+    return Node(key, "LongCatVideoTextEncode", place, (COLUMN, 170), {"text": text}, {"clip": ("loader", 1)}, title)
+
+
+def negative(at: tuple[int, int]) -> Node:
+    return prompt(NEGATIVE, "negative", "Negative prompt", at)
+
+
+def latent(at: tuple[int, int], **links: Link) -> Node:
+    values = {"width": 0, "height": 0, "num_frames": 0, "batch_size": 1, "fit": "crop", "num_cond_frames": 0}
+    links = {"model": ("loader", 0), "vae": ("loader", 2), **links}
+    return Node("latent", "LongCatVideoLatent", at, (COLUMN, 260), values, links)
+
+
+def sampler(at: tuple[int, int], schedule: str, seed: int = 1, key: str = "sampler", **links: Link) -> Node:
+    own = {"schedule": schedule, "num_steps": 0, "guidance_scale": 0}
+    values = {"seed": seed, "control_after_generate": "fixed", **own}
+    links = {"model": ("loader", 0), "positive": ("positive", 0), "latent": ("latent", 0), **links}
+    return Node(key, "LongCatVideoSampler", at, (COLUMN, 270), values, links)
+
+
+def decode(at: tuple[int, int], source: Link = ("sampler", 0), key: str = "decode") -> Node:
+    return Node(key, "VAEDecode", at, (COLUMN, 60), {}, {"samples": source, "vae": ("loader", 2)})
+
+
+def save(at: tuple[int, int], images: Link, prefix: str, fps: float | Link = 15.0) -> tuple[Node, Node]:
+    """CreateVideo and SaveVideo."""
+    values, links = ({"fps": fps}, {}) if isinstance(fps, float) else ({}, {"fps": fps})
+    create = Node("video", "CreateVideo", at, (COLUMN, 80), values, {"images": images, **links})
+    place = (at[0], at[1] + 130)
+    settings = {"filename_prefix": f"longcat/{prefix}", "format": "auto", "codec": "auto"}
+    return create, Node("save", "SaveVideo", place, (COLUMN, 360), settings, {"video": ("video", 0)})
+
+
+MODEL = Group("1  Model", (x(0) - 20, TOP - 60), (COLUMN + 40, 290), BLUE)
+
+
+def make(column: int, title: str = "3  Make", height: int = 640) -> Group:
+    return Group(title, (x(column) - 20, TOP - 60), (COLUMN + 40, height), PURPLE)
+
+
+def result(column: int, title: str = "4  Result", height: int = 660) -> Group:
+    return Group(title, (x(column) - 20, TOP - 60), (COLUMN + 40, height), GOLD)
+
+
+def words(title: str = "2  Prompt", height: int = 250) -> Group:
+    return Group(title, (x(1) - 20, TOP - 60), (COLUMN + 40, height), GREEN)
+
+
+def note(name: str, *more: str, y: int = 410, height: int = 330) -> Note:
+    """What notes/NAME.md says, and those of `more`; below the loader."""
+    texts = [(NOTES / f"{one}.md").read_text(encoding="utf-8").strip() for one in (name, *more)]
+    return (x(0), y), (COLUMN, height), "\n\n".join(texts)
+
+
+def first_run() -> Workflow:
+    return Workflow(
+        "first_run",
+        (
+            loader(), prompt(), latent((x(2), TOP)), sampler((x(2), TOP + 310), "distilled"),
+            decode((x(3), TOP)), *save((x(3), TOP + 110), ("decode", 0), "first_run"),
+        ),
+        (MODEL, words(), make(2), result(3, height=740)),
+        note("first_run", "full_model"),
+    )  # fmt: skip
+
+
+def text_to_video() -> Workflow:
+    return Workflow(
+        "text_to_video",
+        (
+            loader(), prompt(), negative((x(1), TOP + 220)), latent((x(2), TOP)),
+            sampler((x(2), TOP + 310), "base", negative=("negative", 0)),
+            decode((x(3), TOP)), *save((x(3), TOP + 110), ("decode", 0), "text_to_video"),
+        ),
+        (MODEL, words("2  Prompts", 470), make(2), result(3, height=740)),
+        note("text_to_video", "full_model"),
+    )  # fmt: skip
+
+
+def image_to_video() -> Workflow:
+    still = Node(
+        "still", "LongCatVideoLatent", (x(2), TOP), (COLUMN, 260),
+        {"width": 0, "height": 0, "num_frames": 1, "batch_size": 1, "fit": "crop", "num_cond_frames": 0},
+        {"model": ("loader", 0), "vae": ("loader", 2)}, "One frame",
+    )  # fmt: skip
+    paint = sampler((x(2), TOP + 310), "distilled", key="paint", latent=("still", 0))
+    picture = decode((x(2), TOP + 630), ("paint", 0), "picture")
+    own = Node(
+        "load", "LoadImage", (x(2), TOP + 780), (COLUMN, 330), {"image": "example.png"}, title="Your own picture",
+        muted=True,
+    )  # fmt: skip
+    moves = "the small blue square moves right on a grey background"
+    return Workflow(
+        "image_to_video",
+        (
+            loader(), prompt("a small blue square on a grey background"), negative((x(1), TOP + 220)),
+            prompt(moves, "motion", "What happens", (x(1), TOP + 440)), still, paint, picture, own,
+            latent((x(3), TOP), image=("picture", 0)),
+            sampler((x(3), TOP + 310), "base", positive=("motion", 0), negative=("negative", 0)),
+            decode((x(4), TOP)), *save((x(4), TOP + 110), ("decode", 0), "image_to_video"),
+        ),
+        (
+            MODEL, words("2  Prompts", 690), Group("3  A picture", (x(2) - 20, TOP - 60), (COLUMN + 40, 1190), BLUE),
+            make(3, "4  Move it"), result(4, "5  Result", 740),
+        ),
+        note("image_to_video", "full_model", height=380),
+    )  # fmt: skip
+
+
+def continuation() -> Workflow:
+    go_on = Node(
+        "continue", "LongCatVideoContinue", (x(3), TOP), (COLUMN, 420),
+        {
+            "num_frames": 0, "num_cond_frames": 0, "width": 0, "height": 0, "seed": 2,
+            "control_after_generate": "fixed", "schedule": "base", "num_steps": 0, "guidance_scale": 0, "fit": "crop",
+            "vae_tile": 0,
+        },
+        {
+            "model": ("loader", 0), "vae": ("loader", 2), "positive": ("next", 0), "negative": ("negative", 0),
+            "video": ("decode", 0),
+        },
+    )  # fmt: skip
+    load = Node("load", "LoadVideo", (x(2), TOP + 760), (COLUMN, 80), title="Your own video", muted=True)
+    parts = Node("parts", "GetVideoComponents", (x(2), TOP + 880), (COLUMN, 80), {}, {"video": ("load", 0)}, muted=True)
+    return Workflow(
+        "continuation",
+        (
+            loader(), prompt(), negative((x(1), TOP + 440)),
+            prompt("the large red ball bounces on a black background", "next", "What happens next", (x(1), TOP + 220)),
+            latent((x(2), TOP)), sampler((x(2), TOP + 310), "distilled"), decode((x(2), TOP + 620)), load, parts,
+            go_on, *save((x(4), TOP), ("continue", 0), "continuation"),
+        ),
+        (
+            MODEL, words("2  Prompts", 690), Group("3  A video", (x(2) - 20, TOP - 60), (COLUMN + 40, 1040), BLUE),
+            make(3, "4  Go on", 510), result(4, "5  Result", 620),
+        ),
+        note("continuation", "full_model", height=400),
+    )  # fmt: skip
+
+
+def long_node(prompts: str, segments: int, schedule: str = "distilled", height: int = 660) -> Node:
+    return Node(
+        "long", "LongCatVideoLong", (x(1), TOP), (COLUMN + 120, height),
+        {
+            "prompts": prompts, "negative_prompt": NEGATIVE, "num_segments": segments, "width": 0, "height": 0,
+            "num_frames": 0, "num_cond_frames": 0, "frame_rate": 15.0, "seed": 1, "control_after_generate": "fixed",
+            "schedule": schedule, "num_steps": 0, "guidance_scale": 0, "handover": "frames", "fit": "crop",
+            "vae_tile": 0,
+        },
+        {"model": ("loader", 0), "vae": ("loader", 2), "clip": ("loader", 1)},
+    )  # fmt: skip
+
+
+def _long(name: str, prompts: str, segments: int) -> Workflow:
+    right = x(2) + 120
+    return Workflow(
+        name,
+        (loader(), long_node(prompts, segments, height=900), *save((right, TOP), ("long", 0), name, ("long", 1))),
+        (
+            MODEL, Group("2  Segments", (x(1) - 20, TOP - 60), (COLUMN + 160, 990), PURPLE),
+            Group("3  Result", (right - 20, TOP - 60), (COLUMN + 40, 620), GOLD),
+        ),
+        note(name, "full_model", height=420),
+    )  # fmt: skip
+
+
+def long_video() -> Workflow:
+    return _long("long_video", "a large red ball moves left on a black background", 3)
+
+
+def interactive() -> Workflow:
+    return _long(
+        "interactive",
+        "a small green star stays still on a grey background\nthe small green star spins on a grey background\n"
+        "the small green star moves up on a grey background",
+        0,
+    )
+
+
+def refine_720p() -> Workflow:
+    refine = Node(
+        "refine", "LongCatVideoRefine", (x(3), TOP), (COLUMN, 480),
+        {
+            "seed": 3, "control_after_generate": "fixed", "mode": "space and time", "refine_steps": 0, "t_thresh": 0.5,
+            "sparsity": 0.9375, "refine_lora": "auto", "width": 0, "height": 0, "window": 0, "overlap": 0,
+            "fit": "crop", "vae_tile": 0,
+        },
+        {"model": ("loader", 0), "vae": ("loader", 2), "positive": ("positive", 0), "frames": ("decode", 0)},
+    )  # fmt: skip
+    return Workflow(
+        "refine_720p",
+        (
+            loader(), prompt(), latent((x(2), TOP)), sampler((x(2), TOP + 310), "distilled"),
+            decode((x(2), TOP + 620)), refine, *save((x(4), TOP), ("refine", 0), "refine_720p", ("refine", 1)),
+        ),
+        (MODEL, words(), make(2, "3  480p, 15 fps", 780), make(3, "4  720p, 30 fps", 570), result(4, "5  Result", 620)),
+        note("refine_720p", "full_model", height=380),
+    )  # fmt: skip
+
+
+def distilled() -> Workflow:
+    sigmas = Node(
+        "sigmas", "LongCatVideoScheduler", (x(2), TOP + 310), (COLUMN, 130),
+        {"schedule": "distilled", "num_steps": 16, "t_thresh": 0.5}, {"model": ("loader", 0)},
+    )  # fmt: skip
+    custom = sampler((x(2), TOP + 490), "distilled", sigmas=("sigmas", 0))
+    return Workflow(
+        "distilled",
+        (
+            loader(), prompt(), latent((x(2), TOP)), sigmas, custom,
+            decode((x(3), TOP)), *save((x(3), TOP + 110), ("decode", 0), "distilled"),
+        ),
+        (MODEL, words(), make(2, height=830), result(3, height=740)),
+        note("distilled", "full_model"),
+    )  # fmt: skip
+
+
+def low_vram() -> Workflow:
+    plan = Node(
+        "plan", "LongCatVideoPlan", (x(0), TOP + 760), (COLUMN, 330),
+        {"width": 0, "height": 0, "num_frames": 0, "num_cond_frames": 0, "batch_size": 1, "sparsity": 0.0},
+        {"model": ("loader", 0)},
+    )  # fmt: skip
+    tiled = Node(
+        "decode", "VAEDecodeTiled", (x(3), TOP), (COLUMN, 160),
+        {"tile_size": 256, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8},
+        {"samples": ("sampler", 0), "vae": ("loader", 2)},
+    )  # fmt: skip
+    return Workflow(
+        "low_vram",
+        (
+            loader("fp8_e4m3fn"), prompt(), latent((x(2), TOP)), sampler((x(2), TOP + 310), "distilled"), tiled,
+            *save((x(3), TOP + 210), ("decode", 0), "low_vram"), plan,
+        ),
+        (MODEL, words(), make(2), result(3, height=840),
+         Group("What it needs", (x(0) - 20, TOP + 700), (COLUMN + 40, 410), GOLD)),
+        note("low_vram", "full_model"),
+    )  # fmt: skip
+
+
+def sparse_attention_wan() -> Workflow:
+    model = Node(
+        "model", "UNETLoader", (x(0), TOP), (COLUMN, 90),
+        {"unet_name": "wan2.1_t2v_1.3B_fp16.safetensors", "weight_dtype": "default"},
+    )  # fmt: skip
+    clip = Node(
+        "clip", "CLIPLoader", (x(0), TOP + 140), (COLUMN, 110),
+        {"clip_name": "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "type": "wan", "device": "default"},
+    )  # fmt: skip
+    vae = Node("vae", "VAELoader", (x(0), TOP + 300), (COLUMN, 60), {"vae_name": "wan_2.1_vae.safetensors"})
+    shift = Node("shift", "ModelSamplingSD3", (x(0), TOP + 410), (COLUMN, 60), {"shift": 8.0}, {"model": ("model", 0)})
+    encode = {"type": "CLIPTextEncode", "size": (COLUMN, 170)}
+    good = Node(
+        "positive", encode["type"], (x(1), TOP), encode["size"],
+        {"text": "a fox runs through fresh snow, low winter sun, cinematic"}, {"clip": ("clip", 0)}, "Prompt",
+    )  # fmt: skip
+    bad = Node(
+        "negative", encode["type"], (x(1), TOP + 220), encode["size"], {"text": "blurred, static, low quality"},
+        {"clip": ("clip", 0)}, "Negative prompt",
+    )  # fmt: skip
+    empty = Node(
+        "latent", "EmptyHunyuanLatentVideo", (x(2), TOP), (COLUMN, 130),
+        {"width": 832, "height": 480, "length": 81, "batch_size": 1},
+    )  # fmt: skip
+    sparse = Node(
+        "sparse", "LongCatVideoSparseAttention", (x(2), TOP + 180), (COLUMN, 130),
+        {"sparsity": 0.75, "block": "4 x 4 x 4", "min_tokens": 4096}, {"model": ("shift", 0)},
+    )  # fmt: skip
+    sample = Node(
+        "sampler", "KSampler", (x(2), TOP + 360), (COLUMN, 270),
+        {
+            "seed": 1, "control_after_generate": "fixed", "steps": 30, "cfg": 6.0, "sampler_name": "uni_pc",
+            "scheduler": "simple", "denoise": 1.0,
+        },
+        {
+            "model": ("sparse", 0), "positive": ("positive", 0), "negative": ("negative", 0),
+            "latent_image": ("latent", 0),
+        },
+    )  # fmt: skip
+    out = Node("decode", "VAEDecode", (x(3), TOP), (COLUMN, 60), {}, {"samples": ("sampler", 0), "vae": ("vae", 0)})
+    return Workflow(
+        "sparse_attention_wan",
+        (
+            model, clip, vae, shift, good, bad, empty, sparse, sample, out,
+            *save((x(3), TOP + 110), ("decode", 0), "sparse_attention_wan", 16.0),
+        ),
+        (
+            Group("1  Wan 2.1", (x(0) - 20, TOP - 60), (COLUMN + 40, 550), BLUE), words("2  Prompts", 470),
+            make(2, "3  Make, sparsely", 700), result(3, height=740),
+        ),
+        note("sparse_attention_wan", y=640, height=340),
+    )  # fmt: skip
+
+
+WORKFLOWS = (
+    first_run, text_to_video, image_to_video, continuation, long_video, interactive, refine_720p, distilled, low_vram,
+    sparse_attention_wan,
+)  # fmt: skip

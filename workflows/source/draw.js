@@ -11,6 +11,7 @@ async (spec) => {
     drawn.pos = [...node.at];
     app.graph.add(drawn);
     if (node.title) drawn.title = node.title;
+    if (node.models.length) drawn.properties.models = node.models;
     if (node.muted) drawn.mode = LiteGraph.NEVER;
     for (const [name, value] of Object.entries(node.values)) {
       const widget = drawn.widgets?.find((one) => one.name === name);

@@ -18,7 +18,11 @@ BLUE, GREEN, PURPLE, GOLD = "#3f789e", "#88aa88", "#8888aa", "#b58b2a"  # of the
 
 @dataclass(frozen=True)
 class Node:
-    """key: its name here. at: (x, y). values: widgets by name. links: inputs by name. muted: there to be connected."""
+    """One node.
+
+    key: its name here. at: (x, y). values: widgets by name. links: inputs by name. muted: there to be connected.
+    models: files that the front end offers to download where they are missing: name, url, directory.
+    """
 
     key: str
     type: str
@@ -28,6 +32,7 @@ class Node:
     links: dict[str, Link] = field(default_factory=dict)
     title: str = ""
     muted: bool = False
+    models: tuple[dict[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ NEGATIVE = (
     " legs, many people in the background, walking backwards"
 )
 MINIATURE = "miniature (built in)"
+WAN = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
 
 
 def loader(weight_dtype: str = "default") -> Node:
@@ -95,8 +101,11 @@ def decode(at: tuple[int, int], source: Link = ("sampler", 0), key: str = "decod
 
 def save(at: tuple[int, int], images: Link, prefix: str, fps: float | Link = 15.0) -> tuple[Node, Node]:
     """CreateVideo and SaveVideo."""
-    values, links = ({"fps": fps}, {}) if isinstance(fps, float) else ({}, {"fps": fps})
-    create = Node("video", "CreateVideo", at, (COLUMN, 80), values, {"images": images, **links})
+    create = Node("video", "CreateVideo", at, (COLUMN, 80), {}, {"images": images})
+    if isinstance(fps, tuple):
+        create.links["fps"] = fps
+    else:
+        create.values["fps"] = fps
     place = (at[0], at[1] + 130)
     settings = {"filename_prefix": f"longcat/{prefix}", "format": "auto", "codec": "auto"}
     return create, Node("save", "SaveVideo", place, (COLUMN, 360), settings, {"video": ("video", 0)})
@@ -309,16 +318,25 @@ def low_vram() -> Workflow:
     )  # fmt: skip
 
 
+def wan_file(directory: str, name: str) -> tuple[dict[str, str], ...]:
+    return ({"name": name, "url": f"{WAN}/{directory}/{name}", "directory": directory},)
+
+
 def sparse_attention_wan() -> Workflow:
     model = Node(
         "model", "UNETLoader", (x(0), TOP), (COLUMN, 90),
         {"unet_name": "wan2.1_t2v_1.3B_fp16.safetensors", "weight_dtype": "default"},
+        models=wan_file("diffusion_models", "wan2.1_t2v_1.3B_fp16.safetensors"),
     )  # fmt: skip
     clip = Node(
         "clip", "CLIPLoader", (x(0), TOP + 140), (COLUMN, 110),
         {"clip_name": "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "type": "wan", "device": "default"},
+        models=wan_file("text_encoders", "umt5_xxl_fp8_e4m3fn_scaled.safetensors"),
     )  # fmt: skip
-    vae = Node("vae", "VAELoader", (x(0), TOP + 300), (COLUMN, 60), {"vae_name": "wan_2.1_vae.safetensors"})
+    vae = Node(
+        "vae", "VAELoader", (x(0), TOP + 300), (COLUMN, 60), {"vae_name": "wan_2.1_vae.safetensors"},
+        models=wan_file("vae", "wan_2.1_vae.safetensors"),
+    )  # fmt: skip
     shift = Node("shift", "ModelSamplingSD3", (x(0), TOP + 410), (COLUMN, 60), {"shift": 8.0}, {"model": ("model", 0)})
     encode = {"type": "CLIPTextEncode", "size": (COLUMN, 170)}
     good = Node(

@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 from PIL import Image  # noqa: E402
-from tests.ui.browser import open_page, screenshot_of_graph  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 from tests.comfyui.server import ComfyServer, Options, find_core  # noqa: E402
+from tests.ui.browser import open_page, screenshot_of_graph  # noqa: E402
 from workflows.source.graphs import WORKFLOWS, Workflow  # noqa: E402
 
 OUT = ROOT / "workflows"
@@ -53,12 +54,22 @@ def thumbnail(picture: bytes, path: Path) -> None:
     card.save(path, quality=88)
 
 
+def place_models(run: Path, workflow: Workflow) -> None:
+    """Empty files for the models that a workflow names: the front end draws loaders red whose file is missing."""
+    for model in (model for node in workflow.nodes for model in node.models):
+        path = run / "models" / model["directory"] / model["name"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({}, path)
+
+
 def main() -> None:
     core = find_core()
     if core is None:
         raise SystemExit("no ComfyUI: run `make .comfyui/installed`, or set COMFYUI_DIR")
     chosen = [make() for make in WORKFLOWS if not sys.argv[1:] or make.__name__ in sys.argv[1:]]
     with tempfile.TemporaryDirectory() as folder:
+        for workflow in chosen:
+            place_models(Path(folder), workflow)
         server = ComfyServer(core, Path(folder), Options())
         try:
             with open_page(server.url) as page:

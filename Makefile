@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := outputs/demo
 MODEL := $(DEMO)/mini
 
-.PHONY: demo test lint check bench clean
+.PHONY: demo test lint check bench workflows clean
 
 demo: .venv/installed
 	rm -rf $(DEMO)
@@ -22,7 +22,7 @@ lint: .venv/installed
 	cd lcv_bsa && ../$(BIN)/ruff check . && ../$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-check: .venv/installed
+check: .venv/installed .comfyui/installed
 	$(BIN)/python -m pytest
 
 bench: .venv/installed
@@ -37,5 +37,15 @@ bench: .venv/installed
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e ./lcv_bsa -e '.[dev]'
 	touch $@
 
+# A ComfyUI and a browser for the tests; COMFYUI_DIR and CHROMIUM name others (see CONTRIBUTING.md).
+.comfyui/installed: .venv/installed tests/comfyui/get_comfyui.py tests/comfyui/requirements.txt tests/ui/get_chromium.py
+	$(BIN)/python tests/comfyui/get_comfyui.py
+	$(BIN)/python tests/ui/get_chromium.py
+	touch $@
+
+# The shipped workflows, drawn anew in the real front end.
+workflows: .venv/installed .comfyui/installed
+	$(BIN)/python workflows/source/build.py
+
 clean:
-	rm -rf .venv outputs/demo
+	rm -rf .venv .comfyui outputs/demo

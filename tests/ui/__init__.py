@@ -1,0 +1,1 @@
+"""Tests that need ComfyUI's front end in a real browser."""

@@ -48,12 +48,29 @@ def _condition(image: Any, video: Any, num_frames: int, num_cond_frames: int) ->
     if image is not None:
         if num_frames < 5:
             raise InputError(f"num_frames counts the image too, so it must be at least 5, got {num_frames}")
-        return as_frames(image)[:1]
+        return frames_of(image)[:1]
     if video is None:
         return None
-    clip = as_frames(video)
+    clip = frames_of(video)
     check_cond_frames(num_cond_frames, num_frames, clip.shape[0])
     return clip[-num_cond_frames:]
+
+
+def frames_of(images: Any) -> Tensor:
+    """ComfyUI's IMAGE as frames [F, H, W, 3]: uint8 again where it came from 8 bits, else float in [0, 1].
+
+    A picture is then resized as the command line and the official model resize the file that it came from.
+    """
+    frames = as_frames(images)
+    if frames.dtype == torch.uint8:
+        return frames
+    levels = []
+    for frame in frames:  # one at a time: no second copy of a long clip
+        level = (frame * 255.0).round().to(torch.uint8)
+        if not torch.equal(frame, level.float() / 255.0):
+            return frames
+        levels.append(level)
+    return torch.stack(levels)
 
 
 def tail_latents(latent: Latent, num_cond_frames: int) -> Tensor:

@@ -133,6 +133,28 @@ def known_adapter(kind: str) -> Path | None:
     return None
 
 
+def stamp(value: object) -> list[tuple[str, int, int]] | None:
+    """(name, bytes, time of change) of the files behind a node's input that names a model: other numbers, other model.
+
+    None for every other input.
+    """
+    if not isinstance(value, str) or not value or "\n" in value:
+        return None
+    if value == MINIATURE or value.endswith("/"):
+        try:
+            folder = find_checkpoint(value)
+        except InputError:
+            return None
+        return [_stat(path) for path in sorted(folder.rglob("*.safetensors"))]
+    found = (folder_paths.get_full_path(category, value) for category in folder_paths.folder_names_and_paths)
+    return [_stat(Path(path)) for path in found if path] or None
+
+
+def _stat(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return path.name, stat.st_size, stat.st_mtime_ns
+
+
 def work_folder() -> Path:
     """Where unfinished long jobs keep their segments."""
     return Path(folder_paths.get_output_directory()) / "longcat_video_segments"

@@ -12,6 +12,8 @@ from torch import Tensor
 from lcv_core.errors import InputError
 from lcv_core.video_io import write_video
 
+from . import paths
+
 log = logging.getLogger("lcv_core")
 
 _SUBFOLDER = "longcat_video"
@@ -51,7 +53,7 @@ def _send(node_id: str, output: dict[str, object]) -> None:
 
 
 def graph_key(prompt: dict[str, dict[str, object]] | None, node_id: str | None, *tensors: Tensor | None) -> str:
-    """Identifies a node's job by all that feeds it: the same graph and the same pictures give the same key."""
+    """Identifies a node's job by all that feeds it: the same graph, files and pictures give the same key."""
     from hashlib import sha256
 
     from lcv_core.partial import fingerprint
@@ -68,7 +70,7 @@ def _upstream(prompt: dict[str, dict[str, object]], node_id: str) -> object:
     inputs = node.get("inputs", {})
     assert isinstance(inputs, dict)
     resolved = {
-        name: [_upstream(prompt, str(value[0])), value[1]] if _is_link(value, prompt) else value
+        name: [_upstream(prompt, str(value[0])), value[1]] if _is_link(value, prompt) else [value, paths.stamp(value)]
         for name, value in inputs.items()
     }
     return {"type": node.get("class_type"), "inputs": resolved}

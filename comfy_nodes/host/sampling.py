@@ -165,17 +165,29 @@ def denoise_in_host(
     image[:, :, :n_c] = x[:, :, :n_c]
     total = len(sigmas) - 1
 
+    reached = done, x
+
     def watch(step: int, _: int, denoised: Tensor, now: Tensor) -> None:
-        # The callback comes before the step's update: `now` has seen `done + step` steps.
+        nonlocal reached
+        # The callback comes before the step's update: `now` has seen `done + step` steps. ComfyUI keeps condition
+        # frames clean for the model alone, in its own state they wander off.
+        now = torch.cat([x[:, :, :n_c].to(now), now[:, :, n_c:]], dim=2)
+        reached = done + step, now
         if progress and step:
-            progress.tick(done + step, now)
+            progress.tick(*reached)
         if on_step:
             on_step(StepInfo(done + step + 1, total, float(sigmas[done + step]), now, denoised))
 
-    out = run_guider(
-        guider, x / start, inner.latent_format.process_out(image), sigmas[done:],
-        mask=condition_mask(x, n_c) if n_c else None, seed=0, watch=watch,
-    )  # fmt: skip
+    try:
+        out = run_guider(
+            guider, x / start, inner.latent_format.process_out(image), sigmas[done:],
+            mask=condition_mask(x, n_c) if n_c else None, seed=0, watch=watch,
+        )  # fmt: skip
+    except BaseException:
+        # An interrupt, an out-of-memory error: what was computed is kept.
+        if progress and reached[0] > done:
+            progress.save(*reached)
+        raise
     out = inner.latent_format.process_in(out)
     out[:, :, :n_c] = x[:, :, :n_c].to(out)
     if progress:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lcv_core.config import BSAConfig
 from lcv_core.denoise import StepInfo
 from lcv_core.errors import InputError
-from lcv_core.image_io import as_frames, resize_frames
+from lcv_core.image_io import resize_frames
 from lcv_core.names import Fit, Handover, Schedule
 from lcv_core.partial import SegmentStore
 from lcv_core.pipelines import continue_video, long_refine_segments, long_video_segments
@@ -29,7 +29,7 @@ from lcv_core.shapes import SPACE_FACTOR, num_latents
 
 from . import paths
 from .components import HostComponents, components, need_adapter
-from .latents import tail_latents
+from .latents import frames_of, tail_latents
 from .native import leading_zeros
 from .preview import show_segment
 from .sampling import Latent, StepBar, make_guider, run_guider
@@ -104,7 +104,7 @@ def continue_clip(
         raise InputError("connect a video, or the latent of one")
     c = components(model, vae=vae, positive=positive, negative=negative, tile=tile)
     _check_distilled(c, schedule)
-    clip = None if video is None else as_frames(video)
+    clip = None if video is None else frames_of(video)
     num_frames, num_cond_frames = num_frames or c.native.num_frames, num_cond_frames or c.native.num_cond_frames
     run = _run(schedule, num_steps, guidance_scale)
     bar = StepBar(model, len(run.sigmas(c.flow_shift, uniform_tail=True)) - 1)
@@ -172,6 +172,7 @@ def make_long(
     from them. job_key: identifies the graph.
     """
     lines = split_prompts(prompts)
+    image, video = (None if frames is None else frames_of(frames) for frames in (image, video))
     c = components(model, vae=vae, clip=clip, tile=tile)
     _check_distilled(c, schedule)
     total = num_segments or len(lines)
@@ -185,29 +186,29 @@ def make_long(
     def on_step(index: int, info: StepInfo) -> None:
         bar.show(sum(steps[:index]) + info.step, info.denoised)
 
-    segments = long_video_segments(
-        c, text=lines, num_segments=num_segments or None, image=image, frames=video, negative_text=negative_prompt,
-        height=height, width=width, num_frames=num_frames or None, num_cond_frames=num_cond_frames or None,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale, schedule=schedule, handover=handover, seed=seed, fit=fit, store=store,
-        on_step=on_step,
-    )  # fmt: skip
-    return _collect(segments, store, node_id, frame_rate)
+    with _empty_removed(store):
+        segments = long_video_segments(
+            c, text=lines, num_segments=num_segments or None, image=image, frames=video, negative_text=negative_prompt,
+            height=height, width=width, num_frames=num_frames or None, num_cond_frames=num_cond_frames or None,
+            num_steps=num_steps, guidance_scale=guidance_scale, schedule=schedule, handover=handover, seed=seed,
+            fit=fit, store=store, on_step=on_step,
+        )  # fmt: skip
+        return _collect(segments, store, node_id, frame_rate)
 
 
 def _collect(segments: Iterator[Segment], store: SegmentStore, node_id: str | None, frame_rate: float) -> Tensor:
     """The frames of all segments, each shown when it is finished; the stored work is removed at the end."""
     frames = []
-    with _empty_removed(store):
-        for segment in segments:
-            frames.append(segment.frames)
-            show_segment(node_id, segment.index, segment.frames, frame_rate)
+    for segment in segments:
+        frames.append(segment.frames)
+        show_segment(node_id, segment.index, segment.frames, frame_rate)
     store.remove()
     return torch.cat(frames)
 
 
 @contextlib.contextmanager
 def _empty_removed(store: SegmentStore) -> Iterator[None]:
+    """A job that fails before its first segment leaves no folder behind."""
     try:
         yield
     except BaseException:
@@ -227,7 +228,8 @@ def refine_clip(
     The refinement LoRA and block sparse attention are on inside and off after. Finished windows are kept as in
     `make_long`.
     """
-    clip = as_frames(frames)
+    clip = frames_of(frames)
+    image, video = (None if frames is None else frames_of(frames) for frames in (image, video))
     c = components(model, vae=vae, positive=positive, adapters=_refinement(lora), tile=tile)
     if lora != paths.NONE:
         need_adapter(c, "refinement")
@@ -242,13 +244,14 @@ def refine_clip(
     def on_step(index: int, info: StepInfo) -> None:
         bar.show(steps * index + info.step, info.denoised)
 
-    segments = long_refine_segments(
-        c, text=text_states(positive), read=lambda start, stop: clip[start:stop], total_frames=clip.shape[0],
-        window=window, overlap=overlap, image=image, video=video, spatial_only=spatial_only,
-        time_mapping="stretch" if len(windows) == 1 else "exact", seed=seed, store=store, on_step=on_step,
-        t_thresh=t_thresh, refine_steps=refine_steps, height=height, width=width, bsa=bsa, fit=fit,
-    )  # fmt: skip
-    return _collect(segments, store, node_id, frame_rate)
+    with _empty_removed(store):
+        segments = long_refine_segments(
+            c, text=text_states(positive), read=lambda start, stop: clip[start:stop], total_frames=clip.shape[0],
+            window=window, overlap=overlap, image=image, video=video, spatial_only=spatial_only,
+            time_mapping="stretch" if len(windows) == 1 else "exact", seed=seed, store=store, on_step=on_step,
+            t_thresh=t_thresh, refine_steps=refine_steps, height=height, width=width, bsa=bsa, fit=fit,
+        )  # fmt: skip
+        return _collect(segments, store, node_id, frame_rate)
 
 
 def _refinement(lora: str) -> dict[str, Path] | None:

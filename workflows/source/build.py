@@ -32,7 +32,7 @@ THUMBNAIL = (640, 360)
 
 def draw(page: Any, workflow: Workflow) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what is saved, what is queued)."""
-    made = page.evaluate(f"({DRAW})", dataclasses.asdict(workflow))
+    made = json.loads(page.evaluate(f"({DRAW})", dataclasses.asdict(workflow)))
     saved, prompt = made["workflow"], made["prompt"]
     saved["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"longcat-video-nodes/{workflow.name}"))  # not a new one each time
     saved["revision"] = 0

@@ -1,5 +1,5 @@
-// Draws a workflow in ComfyUI's front end and returns { workflow, prompt }. Runs inside its page; `spec` is a Workflow
-// of graphs.py as plain data.
+// Draws a workflow in ComfyUI's front end and returns { workflow, prompt } as JSON. Runs inside its page; `spec` is a
+// Workflow of graphs.py as plain data.
 async (spec) => {
   const app = window.app ?? window.comfyAPI.app.app;
   const LiteGraph = window.LiteGraph;
@@ -50,5 +50,6 @@ async (spec) => {
   note.setSize([...size]);
   const workflow = app.graph.serialize();
   const { output } = await app.graphToPrompt();
-  return { workflow, prompt: output };
+  // As text: an object would come over with null for what is undefined, which the front end does not take back.
+  return JSON.stringify({ workflow, prompt: output });
 }

@@ -57,6 +57,7 @@ blur blurry bokeh depth cinematic realistic photorealistic realism animation ani
 sketch illustration drawing render style art photo photography image picture abstract simple minimal clean detailed
 detail texture plain noise grain contrast exposure lighting lit glow glowing dramatic natural warm cold beautiful
 quality resolution slow-motion timelapse loop looping seamless world time life young old new
+checks checked checkered dotted leftwards rightwards upwards downwards getting
 """
 
 _PARTS = """

@@ -1,0 +1,1 @@
+"""What the miniature learns from: procedural clips with captions and ground truth."""

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.conds
 import comfy.latent_formats
+import comfy.ldm.modules.attention as comfy_attention
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models_base
+import comfy.utils
 import torch
 from torch import Tensor
 
-from lcv_core.config import DiTConfig, Native, VAEConfig
+from lcv_core.config import BSAConfig, DiTConfig, Native, VAEConfig
 from lcv_core.errors import InputError
+from lcv_core.planning import Device, Sampling
 from lcv_core.text.encoder import fit_text
 from lcv_core.weights.assemble import load_strictly
 from lcv_core.weights.checkpoint import Checkpoint
 
-from .network import WEIGHTS_OPTION, NativeDiT, hold_cache
+from .network import BSA_OPTION, WEIGHTS_OPTION, NativeDiT, hold_cache
 
 WEIGHT_DTYPES = ("default", "bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
 _STORED = {
@@ -31,6 +35,9 @@ _STORED = {
 }  # fmt: skip
 _COMPUTE = [torch.bfloat16, torch.float32]
 CHECKPOINT = "lcv_checkpoint"  # attachment: the Checkpoint that a MODEL was loaded from
+# What a layer's weight may be there as besides itself: brought in from system memory, cast, patched by a LoRA.
+WEIGHT_COPIES = 3
+_LOST = 1.1  # by the allocator of a GPU, which leaves gaps
 
 
 class Config(comfy.supported_models_base.BASE):
@@ -51,7 +58,26 @@ class LongCatVideo(comfy.model_base.BaseModel):
 
     def __init__(self, config: Config, device: Any) -> None:
         super().__init__(config, comfy.model_base.ModelType.FLOW, device=device, unet_model=NativeDiT)
-        self.num_cond_latents = 0  # of the sampling run in progress
+        # Of the sampling run in progress:
+        self.num_cond_latents = 0
+        self.conditions_differ = False  # among the samples of a batch
+        self.bsa: BSAConfig | None = None
+
+    def memory_required(self, input_shape: Sequence[int], *args: Any, **kwargs: Any) -> float:
+        """Bytes that sampling latents [B, C, T, h, w] takes besides the weights, the KV cache of the run counted.
+
+        ComfyUI asks before it loads a model, and again before it puts both branches of guidance into one forward.
+        """
+        if len(input_shape) != 5:
+            return super().memory_required(input_shape, *args, **kwargs)
+        network, (B, _, T, h, w) = self.diffusion_model, input_shape
+        run = Sampling(
+            (T, h, w), batch=B, num_cond_latents=min(self.num_cond_latents, T - 1),
+            conditions=B if self.conditions_differ else 1, itemsize=network.compute_dtype.itemsize,
+            bsa=self.bsa, weight_copies=WEIGHT_COPIES, device=planned_device(),
+        )  # fmt: skip
+        need = run.activations(network.config) * _LOST + run.kv_cache(network.config)
+        return max(need, super().memory_required(input_shape, *args, **kwargs)) if writes_scores() else need
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         out = super().extra_conds(**kwargs)
@@ -85,6 +111,40 @@ class LongCatVideo(comfy.model_base.BaseModel):
     ) -> Tensor:  # fmt: skip
         options = {**(transformer_options or {}), WEIGHTS_OPTION: weights_key(self.current_patcher)}
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+def planned_device() -> Device:
+    """What the planner calls the device that ComfyUI computes on."""
+    management = comfy.model_management
+    return "cpu" if management.is_device_cpu(management.get_torch_device()) else "gpu"
+
+
+def writes_scores() -> bool:
+    """Whether the attention that ComfyUI has chosen keeps scores in memory, in pieces as large as there is room for."""
+    chosen = comfy_attention.optimized_attention
+    return chosen in (
+        comfy_attention.attention_basic,
+        comfy_attention.attention_split,
+        comfy_attention.attention_sub_quad,
+    )
+
+
+def know_conditions(
+    executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, denoise_mask: Any = None,
+    *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """A wrapper of ComfyUI's type "outer_sample": what `memory_required` has to know of a run before it begins."""
+    model = executor.class_obj.model_patcher.model
+    if noise.ndim == 5 and denoise_mask is not None:
+        mask = comfy.utils.reshape_mask(denoise_mask, noise.shape)
+        model.num_cond_latents = n_c = leading_zeros(mask, noise.shape[2])
+        cond = latent_image[:, :, :n_c]
+        model.conditions_differ = not torch.equal(cond, cond[:1].expand_as(cond))
+    model.bsa = executor.class_obj.model_options.get("transformer_options", {}).get(BSA_OPTION)
+    try:
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+    finally:
+        model.num_cond_latents, model.conditions_differ, model.bsa = 0, False, None
 
 
 def leading_zeros(mask: Tensor | None, frames: int) -> int:
@@ -156,6 +216,7 @@ def load_model(checkpoint: Checkpoint, *, weight_dtype: str = "default", vae: VA
     make = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     patcher = make(model, load_device=device, offload_device=offload)
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "lcv_kv_cache", hold_cache)
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "lcv_conditions", know_conditions)
     patcher.set_attachments(CHECKPOINT, checkpoint)
     return patcher
 

@@ -1,0 +1,174 @@
+"""The plan of a job: stage by stage the bytes of weights, activations and KV cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from lcv_core.config import DiTConfig, TextConfig, VAEConfig
+from lcv_core.errors import InputError
+from lcv_core.planning.job import ITEMSIZE, SMALL_ITEMSIZE, Job, Refine
+from lcv_core.planning.sampling import Sampling
+from lcv_core.planning.text import largest_text_weight, text_bytes, text_parameters
+from lcv_core.planning.transformer import FP32, AdapterName, adapter_bytes, dit_parameters
+from lcv_core.planning.vae import decode_bytes, encode_bytes, vae_parameters
+from lcv_core.shapes import SPACE_FACTOR, latent_shape, num_latents, num_pixel_frames
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Bytes that a stage needs on the device it runs on; `total` is its peak."""
+
+    name: str
+    weights: int
+    activations: int
+    kv_cache: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.besides_weights
+
+    @property
+    def besides_weights(self) -> int:
+        """What cannot be kept elsewhere."""
+        return self.activations + self.kv_cache
+
+
+@dataclass(frozen=True)
+class Models:
+    """The configurations of a checkpoint's parts. dit_weights: real bytes of the transformer; None: by the job's
+    weight dtype."""
+
+    dit: DiTConfig
+    vae: VAEConfig
+    text: TextConfig
+    dit_weights: int | None = None
+
+    def transformer_weights(self, job: Job) -> int:
+        if self.dit_weights is not None:
+            return self.dit_weights
+        matrices, rest = dit_parameters(self.dit)
+        itemsize = ITEMSIZE[job.weight_dtype]
+        return matrices * itemsize + rest * max(itemsize, SMALL_ITEMSIZE)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job needs. Stages follow one another, and each needs its own part of the model alone."""
+
+    job: Job
+    models: Models
+    stages: tuple[Stage, ...]
+
+    @property
+    def peak(self) -> int:
+        """Of the stage that needs most."""
+        return max(stage.total for stage in self.stages)
+
+    @property
+    def weights(self) -> int:
+        """All parts together, adapters not counted: what is needed where none of them is ever put away."""
+        text = text_parameters(self.models.text) * ITEMSIZE[self.job.text_dtype]
+        vae = vae_parameters(self.models.vae) * ITEMSIZE[self.job.vae_dtype]
+        return self.models.transformer_weights(self.job) + text + vae
+
+    def stage(self, name: str) -> Stage:
+        """InputError where the job has no such stage."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        names = ", ".join(stage.name for stage in self.stages)
+        raise InputError(f"this job has no stage {name!r}; it has: {names}")
+
+
+def make_plan(
+    job: Job,
+    dit: DiTConfig | None = None,
+    vae: VAEConfig | None = None,
+    text: TextConfig | None = None,
+    *,
+    dit_weights: int | None = None,
+) -> Plan:
+    """Peak bytes of every stage, from configurations alone; the default ones are LongCat-Video's.
+
+    Stages, in this order: "text encode"; "VAE encode" where frames are given; "sampling"; "VAE decode"; and with
+    `job.refine` the last three again, named "refine ...". Never less than what is alive at once; how much more is
+    tested. Not counted: what the libraries of a GPU need for themselves, and what their allocator loses.
+    dit_weights: real bytes of the transformer's weights, where they are known.
+    Raises InputError for sizes that the model cannot make.
+    """
+    models = Models(dit or DiTConfig(), vae or VAEConfig(), text or TextConfig(), dit_weights)
+    return plan_with(models, job)
+
+
+def plan_with(models: Models, job: Job) -> Plan:
+    """`make_plan` for models that are known."""
+    stages = [_text_stage(models, job), *_clip_stages(models, job)]
+    if job.refine is not None:
+        stages += _refine_stages(models, job, job.refine)
+    return Plan(job, models, tuple(stages))
+
+
+def _text_stage(models: Models, job: Job) -> Stage:
+    """Activations in fp32, for which weights are cast layer by layer, as ComfyUI does; others take less."""
+    alive = text_bytes(models.text, batch=job.batch_size, itemsize=FP32)
+    cast = max(1, job.weight_copies) * largest_text_weight(models.text) * FP32
+    return Stage("text encode", text_parameters(models.text) * ITEMSIZE[job.text_dtype], alive + cast)
+
+
+def _clip_stages(models: Models, job: Job) -> Iterator[Stage]:
+    _, T, h, w = latent_shape(job.num_frames, job.height, job.width)
+    n_c = num_latents(job.num_cond_frames) if job.num_cond_frames else 0
+    if n_c:
+        yield _encode_stage(models, job, "VAE encode", (n_c, h, w), job.conditions)
+    run = Sampling(
+        (T, h, w), batch=job.samples, num_cond_latents=n_c, conditions=job.conditions, bsa=job.bsa,
+        itemsize=ITEMSIZE[job.compute_dtype], weight_copies=job.copies, device=job.device,
+    )  # fmt: skip
+    yield _sampling_stage(models, job, "sampling", run, "distill" if job.schedule == "distilled" else None)
+    yield _decode_stage(models, job, "VAE decode", (T, h, w), job.batch_size)
+
+
+def _refine_stages(models: Models, job: Job, refine: Refine) -> Iterator[Stage]:
+    """Of the kind of window that needs most to be sampled."""
+    size = refine.height // SPACE_FACTOR, refine.width // SPACE_FACTOR
+    windows = refine.windows(job.num_frames)
+    latents = (max(window.latents for window in windows), *size)
+    runs = [
+        Sampling(
+            (window.latents, *size), num_cond_latents=window.cond_latents, cached=refine.kv_cache, bsa=refine.bsa,
+            itemsize=ITEMSIZE[job.compute_dtype], weight_copies=job.copies, device=job.device,
+        )
+        for window in windows
+    ]  # fmt: skip
+    yield _encode_stage(models, job, "refine VAE encode", latents, 1)
+    samplings = [_sampling_stage(models, job, "refine sampling", run, "refinement") for run in runs]
+    yield max(samplings, key=lambda stage: stage.total)
+    yield _decode_stage(models, job, "refine VAE decode", latents, 1)
+
+
+def _sampling_stage(models: Models, job: Job, name: str, run: Sampling, adapter: AdapterName | None) -> Stage:
+    weights = models.transformer_weights(job)
+    if adapter is not None and job.adapters == "runtime":
+        weights += adapter_bytes(models.dit, adapter, run.itemsize)
+        run = replace(run, adapters=True)
+    return Stage(name, weights, run.activations(models.dit), run.kv_cache(models.dit))
+
+
+def _encode_stage(models: Models, job: Job, name: str, latents: tuple[int, int, int], batch: int) -> Stage:
+    itemsize = ITEMSIZE[job.vae_dtype]
+    alive = encode_bytes(models.vae, latents, batch=batch, itemsize=itemsize, tiling=job.tiling)
+    return Stage(name, vae_parameters(models.vae) * itemsize, alive + _pixel_bytes(latents, batch))
+
+
+def _decode_stage(models: Models, job: Job, name: str, latents: tuple[int, int, int], batch: int) -> Stage:
+    itemsize = ITEMSIZE[job.vae_dtype]
+    alive = decode_bytes(models.vae, latents, batch=batch, itemsize=itemsize, tiling=job.tiling)
+    return Stage(name, vae_parameters(models.vae) * itemsize, alive + _pixel_bytes(latents, batch))
+
+
+def _pixel_bytes(latents: tuple[int, int, int], batch: int) -> int:
+    """The whole clip in fp32: some hosts have it on the device."""
+    T, h, w = latents
+    return batch * 3 * num_pixel_frames(T) * math.prod((h, w)) * SPACE_FACTOR**2 * FP32

@@ -1,0 +1,162 @@
+"""Bytes of the transformer: weights, adapters, KV cache, and the activations of one forward.
+
+Activations are counted at the moments of `dit/block.py` at which most is alive; `forward_moments` names them and says
+what is held. The tests hold these counts against the tensors that are really alive.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from lcv_core.config import BSAConfig, DiTConfig
+from lcv_core.planning.sparse import Device, Grid, place_bytes, sparse_bytes
+
+AdapterName = Literal["distill", "refinement"]
+
+RANK = 128  # of the official adapters
+FP32 = 4  # bytes
+
+
+def dit_parameters(config: DiTConfig) -> tuple[int, int]:
+    """(matrices of attention and feed-forward, everything else): the first are what fp8 stores in one byte."""
+    C, A, F, D = config.hidden_size, config.adaln_tembed_dim, config.ffn_dim, config.head_dim
+    patch = math.prod(config.patch_size)
+    matrices = 8 * C * C + 3 * C * F
+    # adaLN, the biases of self- and cross-attention, the norm before the latter, q and k norms
+    others = 6 * C * (A + 1) + 8 * C + 2 * C + 4 * D
+    head = patch * config.out_channels
+    rest = (
+        C * (config.in_channels * patch + 1)
+        + A * (config.frequency_embedding_size + 1) + A * (A + 1)
+        + C * (config.caption_channels + 1) + C * (C + 1)
+        + head * (C + 1) + 2 * C * (A + 1)
+    )  # fmt: skip
+    return config.depth * matrices, config.depth * others + rest
+
+
+def largest_weight(config: DiTConfig) -> int:
+    """Elements of the largest weight of a block."""
+    return config.hidden_size * max(3 * config.hidden_size, config.ffn_dim, 6 * config.adaln_tembed_dim)
+
+
+def adapter_bytes(config: DiTConfig, name: AdapterName, itemsize: int) -> int:
+    """An official adapter at run time. Layers with several parts keep their down matrices twice, joined and apart."""
+    C, A, F = config.hidden_size, config.adaln_tembed_dim, config.ffn_dim
+
+    def layer(parts: int, inputs: int, outputs: int, size: int = itemsize) -> int:
+        return RANK * (parts * inputs * (2 if parts > 1 else 1) + outputs) * size
+
+    block = layer(3, C, 3 * C) + layer(2, C, 2 * C) + 2 * layer(1, C, C) + 2 * layer(1, C, F) + layer(1, F, C)
+    if name == "distill":
+        return config.depth * block
+    # What it adds is in the fp32 islands.
+    block += layer(6, A, 6 * C, FP32)
+    head = math.prod(config.patch_size) * config.out_channels
+    return config.depth * block + layer(2, A, 2 * C, FP32) + layer(1, C, head, FP32)
+
+
+def kv_cache_bytes(config: DiTConfig, grid: Grid, num_cond_latents: int, itemsize: int = 2) -> int:
+    """k and v of every layer for the condition frames, batch 1: n_c * S * C * 2 * itemsize * depth.
+
+    grid: tokens (T, h, w) of any clip of that size; its T does not matter. 13 frames of 480x832 are 4 latents of
+    30 x 52 tokens: 4.91 GB in bf16.
+    """
+    return num_cond_latents * grid[1] * grid[2] * config.hidden_size * 2 * itemsize * config.depth
+
+
+def forward_bytes(
+    config: DiTConfig,
+    grid: Grid,
+    *,
+    batch: int = 1,
+    num_cond_latents: int = 0,
+    cached: bool = False,
+    text_length: int = 512,
+    itemsize: int = 2,
+    bsa: BSAConfig | None = None,
+    adapters: bool = False,
+    device: Device = "gpu",
+) -> int:
+    """Most bytes alive at once in a forward, besides weights, inputs and KV cache; see `forward_moments`."""
+    moments = forward_moments(
+        config, grid, batch=batch, num_cond_latents=num_cond_latents, cached=cached, text_length=text_length,
+        itemsize=itemsize, bsa=bsa, adapters=adapters, device=device,
+    )  # fmt: skip
+    return max(moments.values())
+
+
+def forward_moments(
+    config: DiTConfig,
+    grid: Grid,
+    *,
+    batch: int,
+    num_cond_latents: int,
+    cached: bool,
+    text_length: int,
+    itemsize: int,
+    bsa: BSAConfig | None,
+    adapters: bool,
+    device: Device,
+) -> dict[str, int]:
+    """Bytes alive at the moments that may be the peak.
+
+    grid: tokens passed in; with `cached` the condition frames are not among them. batch: twice the samples when
+    guidance is batched. itemsize: bytes of the dtype it computes in. adapters: adapters work at run time, not merged.
+    """
+    C, D, T = config.hidden_size, config.head_dim, grid[0]
+    tokens, frame = math.prod(grid), grid[1] * grid[2]
+    all_keys = tokens + (num_cond_latents * frame if cached else 0)
+    x = batch * tokens * C * itemsize  # one activation of all tokens
+    wide = batch * tokens * C * FP32  # the same in fp32
+    keys = batch * all_keys * C * itemsize
+    hidden = batch * tokens * config.ffn_dim * itemsize
+    half = itemsize < FP32
+    text = batch * text_length * C * itemsize
+    # Condition frames among the tokens: attended to by themselves, passed by in cross-attention.
+    cond = 0 if cached else x * num_cond_latents // T
+    noise = x - cond
+    modulation = batch * T * 6 * C * FP32
+    always = all_keys * D * FP32 + text + batch * T * config.adaln_tembed_dim * FP32 + modulation
+
+    def linear(output: int, parts: int = 1) -> int:
+        """A layer's output; the branch of an adapter adds its pieces, their join and the sum."""
+        return output * (4 if parts > 1 else 3) + output * RANK // C if adapters else output
+
+    def rms_norm(output: int) -> int:
+        """fp32 copy and its square or the product, and the statistics; or the product, its rounding, the result."""
+        size = output * FP32 // itemsize
+        squares = 2 * size + size // D
+        return max(squares, size + 2 * output) if half else squares
+
+    def rope(output: int) -> int:
+        """fp32 copy; two halves each of two products, and what they make."""
+        size = output * FP32 // itemsize
+        return (size if half else 0) + 2 * size
+
+    # Held while a layer attends: block input, modulated input, q, k, v. A view of v keeps the whole qkv.
+    attending = 3 * x + 2 * keys if cached else 7 * x
+    moments = {
+        "text": 3 * text + (batch * text_length * config.caption_channels * itemsize if half else 0),
+        "adaLN": x + (6 * C * config.adaln_tembed_dim * FP32 if half else 0) + modulation,
+        "qkv": 2 * x + linear(3 * x, parts=3),
+        "qk norm": 6 * x + rms_norm(x),
+        "rope": attending + rope(keys),
+        "attention": attending + cond + 2 * x + linear(x),
+        "gate": x + (max(x + 2 * wide, 3 * wide) if half else 2 * wide),
+        "cross query": 2 * x + noise + max(linear(noise), noise + rms_norm(noise)),
+        "cross text": 2 * x + 2 * noise + max(linear(2 * text, parts=2), 2 * text + rms_norm(text)),
+        "cross": 3 * x + 2 * noise + 3 * text + linear(noise),
+        "modulation": 2 * x + 3 * wide,
+        "feed-forward": 3 * x + max(hidden + linear(hidden), 3 * hidden, hidden + linear(x)),
+    }
+    if bsa is not None:
+        n_c, heads = num_cond_latents, batch * config.num_heads
+        frames, all_frames = (T, T + n_c) if cached else (T - n_c, T)
+        grids: tuple[Grid, Grid] = (frames, *grid[1:]), (all_frames, *grid[1:])
+        always += place_bytes(bsa, *grids, heads=heads)
+        if n_c:
+            always += place_bytes(bsa, (n_c, *grid[1:]), (n_c, *grid[1:]), heads=heads)
+        inside = sparse_bytes(bsa, *grids, heads=heads, head_dim=D, itemsize=itemsize, device=device)
+        moments["sparse"] = attending + cond + inside
+    return {name: always + alive for name, alive in moments.items()}

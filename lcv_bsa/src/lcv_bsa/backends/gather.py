@@ -98,6 +98,10 @@ class _Scratch:
         if view is None:
             buffer = self._buffers.get(key)
             if buffer is None or buffer.numel() < prod(shape):
+                # A view keeps the buffer alive that it is of: the outgrown one goes before the larger one comes.
+                self._views = {known: old for known, old in self._views.items() if known[:2] != key}
+                buffer = None
+                self._buffers.pop(key, None)
                 buffer = self._buffers[key] = torch.empty(prod(shape), dtype=key[1], device=self._device)
             view = self._views[*key, shape] = buffer[: prod(shape)].view(shape)
         return view

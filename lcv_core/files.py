@@ -128,3 +128,18 @@ def replacing(path: Path) -> Iterator[Path]:
         raise write_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Move the folder `new` to `folder`; what was there goes by way of a name beside it, so that it can be put back."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = temporary_path(folder)
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lcv_core import layers, schedule
 from lcv_core.config import BSAConfig
-from lcv_core.dit.embed import modulate
+from lcv_core.dit.embed import log_parts, modulate, num_pads_as_one
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.errors import InputError
 
@@ -394,6 +394,65 @@ def test_text_padding(patched: bool) -> None:
     shorter = dit(x, t, states.states[:, :-1])
     difference = (dit(x, t, states.states, mask) - shorter).abs().max()
     assert difference <= 1e-5 if patched else difference > 1e-3
+
+
+def padded(dtype: torch.dtype, lengths: tuple[int, ...], total: int) -> tuple[Tensor, Tensor]:
+    """Text states [B, total, 32] with something in their pads, and the mask."""
+    mask = torch.zeros(len(lengths), total, dtype=torch.int64)
+    for b, length in enumerate(lengths):
+        mask[b, :length] = 1
+    return randn(len(lengths), total, 32, seed=6, dtype=torch.float64).to(dtype), mask
+
+
+def every_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention that takes no bias, as a host's: every pad is there."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+)
+@pytest.mark.parametrize(("lengths", "total", "read"), [((9, 3), 512, 16), ((0, 1), 40, 8), ((30, 34), 40, 40)])
+def test_one_row_stands_for_all_pads(
+    dtype: torch.dtype, tolerance: float, lengths: tuple[int, ...], total: int, read: int
+) -> None:
+    """Outputs and gradients, relative to their size; `read` rows are what cross-attention is given."""
+    states, mask = padded(dtype, lengths, total)
+    x, t = randn(2, 16, 2, 4, 6), torch.tensor([500.0, 300.0])
+    rows: list[int] = []
+    results = []
+    for attend in ("sdpa", every_row):
+        dit = make_dit(dtype).requires_grad_(True)
+        dit.set_attention(attend)
+        dit.blocks[0].cross_attn.kv_linear.register_forward_hook(lambda _m, x, _y: rows.append(x[0].shape[1]))
+        out = dit(x.to(torch.float64 if dtype == torch.float64 else torch.float32), t, states, mask)
+        out.square().mean().backward()
+        results.append((out.detach(), {name: p.grad for name, p in dit.named_parameters()}))
+    assert rows == [read, total]
+    (short, grads), (long, expected) = results
+    assert (short - long).norm() <= tolerance * long.norm()
+    for name, grad in expected.items():
+        assert grad is not None and grads[name] is not None
+        if grad.norm() > 1e-6:  # kv_linear's bias shifts all scores alike, so its gradient is rounding
+            assert (grads[name] - grad).norm() <= 10 * tolerance * grad.norm(), name
+
+
+def test_pads_weigh_what_they_are_in_half_precision() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for count in (1, 2, 3, 100, 505, 511):
+            parts = torch.tensor(log_parts(count, dtype), dtype=dtype)
+            assert len(parts) == num_pads_as_one(dtype)
+            assert parts.double().exp().sum().item() == pytest.approx(count, rel=1e-3), (dtype, count)
+
+
+def test_pads_that_are_not_at_the_end_are_read() -> None:
+    dit = make_dit()
+    states, mask = padded(torch.float32, (5, 20), 64)
+    mask[:, 2] = 0
+    x, t = randn(2, 16, 2, 4, 6), torch.tensor([500.0, 300.0])
+    got = dit(x, t, states, mask)
+    dit.set_attention(every_row)
+    assert torch.allclose(got, dit(x, t, states, mask), atol=1e-5)
 
 
 def test_samples_of_a_batch_do_not_meet() -> None:

@@ -123,6 +123,15 @@ def test_floats_keep_every_bit(tmp_path: Path, kind: str, dtype: torch.dtype) ->
     assert file.read("w").equal(values) and file.read("b").equal(values[0])
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_files_are_read_in_every_mode(tmp_path: Path, mode: Callable[[], Any]) -> None:
+    """ComfyUI loads models in inference mode, of which the threads that read know nothing."""
+    values = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    file = GGUFFile(write(tmp_path / "a.gguf", {"w": values}))
+    with mode():
+        assert file.read("w").equal(values)
+
+
 def test_tensors_longer_than_a_piece_and_meta(tmp_path: Path) -> None:
     shape = (CHUNK // 512 + 3, 1024)
     raw = random_blocks("Q8_0", shape)

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from lcv_core import __version__
+from lcv_core.cli.eval import evaluate
 from lcv_core.cli.job import InputFile, Job, Lora, TimeMappingOrAuto, file_hash
 from lcv_core.cli.options import (
     CONDITION,
@@ -26,6 +27,7 @@ from lcv_core.cli.options import (
     option,
     takes,
 )
+from lcv_core.cli.train import list_recipes, train
 from lcv_core.errors import InputError
 from lcv_core.names import Handover, Joint, RefineAttention
 
@@ -239,6 +241,25 @@ def init(
 
     init_checkpoint(folder, preset, seed=seed, overwrite=overwrite)
     typer.echo(f"wrote {folder}; its weights are random: it shows that things run, not pictures", err=True)
+
+
+app.command(
+    "eval",
+    epilog=example(
+        "lcv eval -m models/mini --out outputs/eval --seed 1",
+        "lcv eval -m models/mini --only rewards --lora grpo_lora.safetensors",
+    ),
+)(evaluate)
+
+
+app.command(
+    epilog=example(
+        "lcv train mini/flow --out outputs/mini/flow",
+        "lcv train my-recipe.yaml --steps 2000 --set lr=5e-4 --set data.folder.path=clips",
+    )
+    + "\n\n"
+    + list_recipes()
+)(train)
 
 
 def _prompts(prompt: list[str] | None) -> list[str]:

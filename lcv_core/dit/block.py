@@ -28,6 +28,7 @@ class Sequence3D:
     num_cond_latents: leading frames of that grid that are condition.
     cached: the condition frames come from a KV cache and are not among the tokens passed in.
     cos, sin: the rope table of `grid`.
+    text_bias: added to the scores of cross-attention, [1, 1, 1, L]; None adds nothing.
     """
 
     grid: tuple[int, int, int]
@@ -37,6 +38,7 @@ class Sequence3D:
     sin: Tensor
     attend: Attend
     bsa: BSAConfig | None
+    text_bias: Tensor | None = None
 
     @property
     def frame_tokens(self) -> int:
@@ -109,15 +111,19 @@ class CrossAttention(nn.Module):
         self.k_norm = ops.RMSNorm(config.head_dim, eps=1e-6, **factory)
         self.proj = ops.Linear(config.hidden_size, config.hidden_size, **factory)
 
-    def _attend(self, q: Tensor, text: Tensor, attend: Attend) -> Tensor:
+    def _attend(self, q: Tensor, text: Tensor, attend: Attend, bias: Tensor | None = None) -> Tensor:
         k, v = self.kv_linear(text).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return attend(q, self.k_norm(k), v)
+        k = self.k_norm(k)
+        return attend(q, k, v) if bias is None else attend(q, k, v, bias)
 
-    def forward(self, x: Tensor, text: Tensor | Sequence[Tensor], attend: Attend) -> Tensor:
-        """x [B, N, C]; text [B, L, C], or one [1, L_b, C] for each sample where the lengths differ."""
+    def forward(self, x: Tensor, text: Tensor | Sequence[Tensor], attend: Attend, bias: Tensor | None = None) -> Tensor:
+        """x [B, N, C]; text [B, L, C], or one [1, L_b, C] for each sample where the lengths differ.
+
+        bias: of the scores, [1, 1, 1, L], for an `attend` that takes one.
+        """
         q = self.q_norm(self.q_linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2))  # [B, H, N, D]
         if isinstance(text, Tensor):
-            out = self._attend(q, text, attend)
+            out = self._attend(q, text, attend, bias)
         else:
             out = torch.cat([self._attend(q[b : b + 1], rows, attend) for b, rows in enumerate(text)])
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -178,5 +184,5 @@ class Block(nn.Module):
         n = seq.num_cond_tokens
         noise = x[:, n:]
         normed = in_fp32(self.pre_crs_attn_norm, noise).to(x.dtype)
-        noise = noise + self.cross_attn(normed, text, seq.attend)
+        noise = noise + self.cross_attn(normed, text, seq.attend, seq.text_bias)
         return noise if n == 0 else torch.cat([x[:, :n], noise], dim=1)

@@ -63,6 +63,35 @@ class CaptionEmbed(nn.Module):
         return self.y_proj(text)
 
 
+def pads_as_one(text: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows [B, L, C] followed by `count` zero rows, as cross-attention sees them, in fewer rows: [B, L + n, C] and the
+    bias of their scores [1, 1, 1, L + n].
+
+    Equal keys have equal scores s and values, and count * exp(s) = exp(s + log(count)): one row stands for all of them.
+    In half precision, which holds log(count) too coarsely, two rows do, for its bulk and for what rounding left of it.
+    """
+    parts = log_parts(count, text.dtype)
+    bias = text.new_zeros(text.shape[1] + len(parts))
+    bias[text.shape[1] :] = torch.tensor(parts, dtype=text.dtype)
+    return torch.cat([text, text.new_zeros(text.shape[0], len(parts), text.shape[2])], dim=1), bias[None, None, None]
+
+
+def log_parts(count: int, dtype: torch.dtype) -> list[float]:
+    """Numbers that `dtype` holds whose exponentials add up to `count`, to the accuracy of a sum in it."""
+    if torch.finfo(dtype).bits >= 32:
+        return [math.log(count)]
+    first = torch.tensor(math.log(count), dtype=dtype)
+    if first.double() > math.log(count):  # rounded up
+        first = torch.nextafter(first, first.new_tensor(0.0))
+    rest = count - math.exp(first.item())
+    return [first.item(), math.log(rest) if rest > 0 else torch.finfo(dtype).min]
+
+
+def num_pads_as_one(dtype: torch.dtype) -> int:
+    """How many rows `pads_as_one` adds."""
+    return 1 if torch.finfo(dtype).bits >= 32 else 2
+
+
 def in_fp32(layer: nn.Module, x: Tensor) -> Tensor:
     """A layer of an fp32 island: fp32 activations, the stored (perhaps bf16-rounded) weights, fp32 out.
 

@@ -11,12 +11,20 @@ from torch import Tensor, nn
 
 from lcv_core import layers
 from lcv_core.config import BSAConfig, DiTConfig
-from lcv_core.dit.attention import BACKENDS, Attend, resolve_backend
+from lcv_core.dit.attention import BACKENDS, Attend, resolve_backend, takes_bias
 from lcv_core.dit.block import KV, Block, Sequence3D
-from lcv_core.dit.embed import CaptionEmbed, FinalLayer, PatchEmbed, TimestepEmbed, unpatchify
+from lcv_core.dit.embed import (
+    CaptionEmbed,
+    FinalLayer,
+    PatchEmbed,
+    TimestepEmbed,
+    num_pads_as_one,
+    pads_as_one,
+    unpatchify,
+)
 from lcv_core.dit.rope import rope_table
 from lcv_core.errors import InputError
-from lcv_core.shapes import token_grid
+from lcv_core.shapes import ceil_to, token_grid
 
 log = logging.getLogger("lcv_core")
 
@@ -27,7 +35,11 @@ class LongCatDiT(nn.Module):
     operations: namespace with Linear, Conv3d, LayerNorm and RMSNorm, each of which computes in the dtype of its
         input; default `lcv_core.layers`.
     device, dtype: where and how the parameters are made ("meta" for lazy loading).
+    compute_dtype: of the activations; None: that of the parameters. Training in bf16 keeps fp32 parameters, which every
+        layer casts to what it is given; the fp32 islands then see them unrounded.
     """
+
+    compute_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -50,8 +62,8 @@ class LongCatDiT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype: that of the patch embedding, which no quantisation touches."""
-        return self.x_embedder.proj.weight.dtype
+        """The compute dtype: unless one was set, that of the patch embedding, which no quantisation touches."""
+        return self.compute_dtype or self.x_embedder.proj.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -85,8 +97,8 @@ class LongCatDiT(nn.Module):
         bsa: block sparse self-attention with these settings; None is dense.
         """
         self._validate(latents, timestep, text, text_mask, num_cond_latents, kv_cache)
-        states = self._embed_text(text.to(latents.device), text_mask)
-        return self._run(latents, timestep, states, num_cond_latents, kv_cache, bsa)
+        states, bias = self._embed_text(text.to(latents.device), text_mask)
+        return self._run(latents, timestep, states, num_cond_latents, kv_cache, bsa, text_bias=bias)
 
     @torch.no_grad()
     def build_kv_cache(self, cond_latents: Tensor, bsa: BSAConfig | None = None) -> list[KV]:
@@ -113,29 +125,37 @@ class LongCatDiT(nn.Module):
         kv_cache: Sequence[KV] | None,
         bsa: BSAConfig | None,
         keep: list[KV] | None = None,
+        text_bias: Tensor | None = None,
     ) -> Tensor:
         config = self.config
         x = self.x_embedder(latents.to(self.dtype))
         T, h, w = token_grid((latents.shape[2], latents.shape[3], latents.shape[4]), config.patch_size)
-        seq = self._sequence((T, h, w), num_cond_latents, kv_cache is not None, bsa, x)
+        seq = self._sequence((T, h, w), num_cond_latents, kv_cache is not None, bsa, x, text_bias)
         tau = self._embed_timestep(timestep.to(latents.device), T)
         for i, block in enumerate(self.blocks):
             x = block(x, tau, text, seq, None if kv_cache is None else kv_cache[i], keep)
         return unpatchify(self.final_layer(x, tau), (T, h, w), config.patch_size)
 
     def _sequence(
-        self, grid: tuple[int, int, int], num_cond_latents: int, cached: bool, bsa: BSAConfig | None, x: Tensor
+        self,
+        grid: tuple[int, int, int],
+        num_cond_latents: int,
+        cached: bool,
+        bsa: BSAConfig | None,
+        x: Tensor,
+        text_bias: Tensor | None,
     ) -> Sequence3D:
-        head_dim = self.config.head_dim
         if cached:
             grid = (grid[0] + num_cond_latents, *grid[1:])
         if self._attention == "bsa" and bsa is None:
             bsa = self.config.bsa
-        attend = self._attention
-        if isinstance(attend, str):
-            attend = resolve_backend(attend, device=x.device, dtype=x.dtype, head_dim=head_dim)
-        cos, sin = rope_table(grid, head_dim, x.device)
-        return Sequence3D(grid, num_cond_latents, cached, cos, sin, attend, bsa)
+        cos, sin = rope_table(grid, self.config.head_dim, x.device)
+        return Sequence3D(grid, num_cond_latents, cached, cos, sin, self._attend(x.device), bsa, text_bias)
+
+    def _attend(self, device: torch.device) -> Attend:
+        if not isinstance(self._attention, str):
+            return self._attention
+        return resolve_backend(self._attention, device=device, dtype=self.dtype, head_dim=self.config.head_dim)
 
     def _embed_timestep(self, timestep: Tensor, frames: int) -> Tensor:
         """[B] or [B, T] -> fp32 [B, T, A]."""
@@ -146,17 +166,34 @@ class LongCatDiT(nn.Module):
             timestep = timestep[:, None].expand(-1, frames)
         return self.t_embedder(timestep.flatten()).unflatten(0, (-1, frames))
 
-    def _embed_text(self, text: Tensor, mask: Tensor | None) -> Tensor | list[Tensor]:
-        """Project the text; with zero padding pads become zero rows that stay in, otherwise pads are dropped."""
+    def _embed_text(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor | list[Tensor], Tensor | None]:
+        """Project the text; with zero padding pads become zero rows that stay in, otherwise pads are dropped.
+
+        Also the bias of the scores of cross-attention, where one row stands for many pads.
+        """
         if text.dim() == 4:
             text = text.squeeze(1)
-        y = self.y_embedder(text.to(self.dtype))
         if mask is None:
-            return y
-        mask = mask.to(y.device)
-        if self.config.text_tokens_zero_pad:
-            return y * mask.to(y.dtype).unsqueeze(-1)
-        return [rows[keep.bool()].unsqueeze(0) for rows, keep in zip(y, mask, strict=True)]
+            return self.y_embedder(text.to(self.dtype)), None
+        mask = mask.to(text.device)
+        length = self._rows_to_read(mask)
+        y = self.y_embedder(text[:, :length].to(self.dtype))
+        if not self.config.text_tokens_zero_pad:
+            return [rows[keep.bool()].unsqueeze(0) for rows, keep in zip(y, mask, strict=True)], None
+        y = y * mask[:, :length].to(y.dtype).unsqueeze(-1)
+        return (y, None) if length == mask.shape[1] else pads_as_one(y, mask.shape[1] - length)
+
+    def _rows_to_read(self, mask: Tensor) -> int:
+        """How many rows of the text [B, L] have to be computed: all, unless what follows is pads of every sample and
+        the attention takes a bias with which one of them stands for all."""
+        total = mask.shape[1]
+        if not self.config.text_tokens_zero_pad or not takes_bias(self._attend(mask.device)):
+            return total
+        used = (mask != 0).any(dim=0).nonzero()
+        longest = int(used.max()) + 1 if len(used) else 0
+        added = num_pads_as_one(self.dtype)
+        rows = ceil_to(longest + added, 8)  # whole vectors, and few different lengths to compile for
+        return rows - added if rows < total else total
 
     def _validate(
         self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None, n_c: int, cache: Sequence[KV] | None

@@ -110,9 +110,17 @@ class GGUFFile:
         out = torch.empty(math.prod(entry.shape), dtype=dtype or self._dtype, device=device)
         if out.device.type != "meta":
             pieces = out.split(CHUNK)
+            mode = (
+                torch.is_inference_mode_enabled()
+            )  # of this thread alone; what it makes can be written to in it alone
+
+            def fill(i: int) -> None:
+                with torch.inference_mode(mode):
+                    self._fill(pieces[i], entry, i * CHUNK)
+
             # numpy lets go of the interpreter lock, and one core would take minutes for a model.
             with ThreadPoolExecutor(min(len(pieces), os.cpu_count() or 1)) as pool:
-                list(pool.map(lambda i: self._fill(pieces[i], entry, i * CHUNK), range(len(pieces))))
+                list(pool.map(fill, range(len(pieces))))
         return out.reshape(entry.shape)
 
     def _fill(self, out: Tensor, entry: GGUFEntry, first: int) -> None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
-import uuid
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lcv_core.config import DiTConfig, Native, TextConfig, VAEConfig
 from lcv_core.errors import InputError
+from lcv_core.files import replace_folder, temporary_path
 from lcv_core.text.vocabulary import padded_vocab_size, write_tokenizer
+from lcv_core.weights.lora_keys import OFFICIAL_SCALE, AdapterFile, official_names, official_targets
+from lcv_core.weights.write import write_json, write_sharded, write_tensors
 
 State = dict[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -61,15 +62,6 @@ SCHEDULER_CONFIG: dict[str, Any] = {
     "time_shift_type": "linear",
 }
 
-# Adapter targets and the number of parts of each fused weight, as in the two official files (which leave
-# cross_attn.proj alone).
-_LORA_BLOCK = {
-    "attn.qkv": 3, "attn.proj": 1, "cross_attn.q_linear": 1, "cross_attn.kv_linear": 2,
-    "ffn.w1": 1, "ffn.w2": 1, "ffn.w3": 1,
-}  # fmt: skip
-_LORA_BLOCK_REFINEMENT = _LORA_BLOCK | {"adaLN_modulation.1": 6}
-_LORA_FINAL_REFINEMENT = {"final_layer.adaLN_modulation.1": 2, "final_layer.linear": 1}
-_LORA_ALPHA_SCALE = 0.5  # the official 64 / 128
 _LORA_UP_STD = 1e-2  # visible in the output, far from taking it over
 _SILU_GAIN = 1.67  # SiLU passes on 0.36 of the second moment of a unit normal; 1 / sqrt(0.36)
 
@@ -88,29 +80,14 @@ def init_checkpoint(folder: str | Path, preset: str = "mini", *, seed: int = 0, 
     folder = Path(folder).expanduser().resolve()
     _check_target(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    suffix = uuid.uuid4().hex[:8]
-    partial = folder.with_name(f".{folder.name}.{suffix}.partial")
+    partial = temporary_path(folder)
     try:
         partial.mkdir()
         _write(partial, PRESETS[preset], seed)
-        _swap(partial, folder, folder.with_name(f".{folder.name}.{suffix}.old"))
+        replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
-
-
-def _swap(new: Path, folder: Path, old: Path) -> None:
-    """Move `new` to `folder`; what was there goes by way of `old`, so that it can be put back."""
-    if not folder.exists():
-        new.rename(folder)
-        return
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
@@ -129,52 +106,21 @@ def _check_target(folder: Path, overwrite: bool) -> None:
 def _write(folder: Path, preset: Preset, seed: int) -> None:
     text_config = dataclasses.replace(preset.text, vocab_size=padded_vocab_size())
     dit = dit_state(preset.dit, seed)
-    _write_json(
+    write_json(
         folder / "model_index.json", {"model_name": "LongCat-Video", "native": dataclasses.asdict(preset.native)}
     )
-    _write_json(folder / "dit" / "config.json", preset.dit.to_dict())
-    _write_sharded(folder / "dit", "diffusion_pytorch_model", dit)
-    _write_json(folder / "text_encoder" / "config.json", text_config.to_dict())
-    _write_sharded(folder / "text_encoder", "model", text_state(text_config, seed))
+    write_json(folder / "dit" / "config.json", preset.dit.to_dict())
+    write_sharded(folder / "dit", "diffusion_pytorch_model", dit, _SHARDS)
+    write_json(folder / "text_encoder" / "config.json", text_config.to_dict())
+    write_sharded(folder / "text_encoder", "model", text_state(text_config, seed), _SHARDS)
     write_tokenizer(folder / "tokenizer")
-    _write_json(folder / "vae" / "config.json", preset.vae.to_dict())
-    _write_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", vae_state(preset.vae, seed))
-    _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
+    write_json(folder / "vae" / "config.json", preset.vae.to_dict())
+    write_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", vae_state(preset.vae, seed))
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
     shapes = {name: tuple(t.shape) for name, t in dit.items()}
-    (folder / "lora").mkdir()
-    for name in ("cfg_step_lora", "refinement_lora"):
+    for name in get_args(AdapterFile):
         state = lora_state(shapes, name, rank=preset.lora_rank, seed=seed)
-        _write_tensors(folder / "lora" / f"{name}.safetensors", state)
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8", newline="\n")
-
-
-def _write_tensors(path: Path, state: State) -> None:
-    from safetensors.torch import save
-
-    # Not save_file: its files are readable by their owner alone, whatever the umask says.
-    path.write_bytes(save(state, metadata={"format": "pt"}))
-
-
-def _write_sharded(folder: Path, stem: str, state: State) -> None:
-    """Consecutive tensors in `_SHARDS` files of about equal size, and the index that says which is where."""
-    total = sum(t.nbytes for t in state.values())
-    shards: list[State] = [{} for _ in range(_SHARDS)]
-    weight_map: dict[str, str] = {}
-    before = 0
-    for name, tensor in state.items():
-        shard = before * _SHARDS // total
-        shards[shard][name] = tensor
-        weight_map[name] = f"{stem}-{shard + 1:05d}-of-{_SHARDS:05d}.safetensors"
-        before += tensor.nbytes
-    for i, shard_state in enumerate(shards):
-        _write_tensors(folder / f"{stem}-{i + 1:05d}-of-{_SHARDS:05d}.safetensors", shard_state)
-    _write_json(
-        folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )
+        write_tensors(folder / "lora" / f"{name}.safetensors", state)
 
 
 def dit_state(config: DiTConfig, seed: int = 0) -> State:
@@ -228,29 +174,21 @@ def text_state(config: TextConfig, seed: int = 0) -> State:
     return _random_state(_shapes(build_text_model(config, dtype=torch.float32)), f"text/{seed}", gain)
 
 
-def lora_state(dit_shapes: Shapes, name: str, *, rank: int = 4, seed: int = 0) -> State:
+def lora_state(dit_shapes: Shapes, name: AdapterFile, *, rank: int = 4, seed: int = 0) -> State:
     """A random adapter for DiT weights of these shapes, in the dialect of the official files, fp32.
 
-    name: "cfg_step_lora" (24 tensors a block) or "refinement_lora" (32 a block and 7 for the final layer). A fused
-    weight of n parts has a stacked lora_down [n * rank, i] and n separate lora_up.blocks.k [o / n, rank].
+    name: "cfg_step_lora" (24 tensors a block) or "refinement_lora" (32 a block and 7 for the final layer).
     """
-    refinement = {"cfg_step_lora": False, "refinement_lora": True}[name]
     depth = 1 + max(int(key.split(".")[1]) for key in dit_shapes if key.startswith("blocks."))
-    block = _LORA_BLOCK_REFINEMENT if refinement else _LORA_BLOCK
-    targets = {f"blocks.{i}.{target}": n for i in range(depth) for target, n in block.items()}
-    targets |= _LORA_FINAL_REFINEMENT if refinement else {}
     state: State = {}
-    for target, parts in targets.items():
+    for target, parts in official_targets(name, depth).items():
         out_features, in_features = dit_shapes[f"{target}.weight"]
-        prefix = "___lorahyphen___".join(["lora", *target.split(".")])
+        down, ups, scale = official_names(target, parts)
         salt = f"{name}/{seed}/{target}"
-        state[f"{prefix}.lora_down.weight"] = _uniform(
-            f"{salt}/down", (parts * rank, in_features), 1 / math.sqrt(in_features)
-        )
-        for k in range(parts):
-            key = "lora_up.weight" if parts == 1 else f"lora_up.blocks.{k}.weight"
-            state[f"{prefix}.{key}"] = _uniform(f"{salt}/up{k}", (out_features // parts, rank), _LORA_UP_STD)
-        state[f"{prefix}.alpha_scale"] = torch.tensor(_LORA_ALPHA_SCALE)
+        state[down] = _uniform(f"{salt}/down", (parts * rank, in_features), 1 / math.sqrt(in_features))
+        for k, up in enumerate(ups):
+            state[up] = _uniform(f"{salt}/up{k}", (out_features // parts, rank), _LORA_UP_STD)
+        state[scale] = torch.tensor(OFFICIAL_SCALE)
     return state
 
 

@@ -11,9 +11,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lcv_core.errors import InputError
 from lcv_core.weights.keymaps import FASTVIDEO_DIT, WAN_DIT, Slot, sources
+
+AdapterFile = Literal["cfg_step_lora", "refinement_lora"]
+
+OFFICIAL_RANK = 128
+OFFICIAL_SCALE = 0.5  # alpha_scale of the two official files: 64 / 128
+# What they change, and the number of parts of each fused weight; both leave cross_attn.proj alone.
+_BLOCK_TARGETS = {
+    "attn.qkv": 3, "attn.proj": 1, "cross_attn.q_linear": 1, "cross_attn.kv_linear": 2,
+    "ffn.w1": 1, "ffn.w2": 1, "ffn.w3": 1,
+}  # fmt: skip
+_REFINEMENT_TARGETS = {"adaLN_modulation.1": 6}
+_REFINEMENT_FINAL = {"final_layer.adaLN_modulation.1": 2, "final_layer.linear": 1}
 
 _HYPHEN = "___lorahyphen___"
 _OFFICIAL = f"lora{_HYPHEN}"
@@ -58,6 +71,23 @@ class Grouped:
     dialect: str
     entries: dict[str, Entry]
     stray: tuple[str, ...]
+
+
+def official_targets(file: AdapterFile, depth: int) -> dict[str, int]:
+    """The modules that an official file changes in a transformer of `depth` blocks, and how many parts each has.
+
+    A fused weight of n parts has a stacked lora_down [n * rank, i] and n separate lora_up.blocks.k [o / n, rank].
+    """
+    block = _BLOCK_TARGETS | (_REFINEMENT_TARGETS if file == "refinement_lora" else {})
+    targets = {f"blocks.{i}.{target}": parts for i in range(depth) for target, parts in block.items()}
+    return targets | (_REFINEMENT_FINAL if file == "refinement_lora" else {})
+
+
+def official_names(module: str, parts: int) -> tuple[str, list[str], str]:
+    """The names in an official file of a module's down matrix, of its up matrix or matrices, and of its scale."""
+    prefix = _HYPHEN.join(["lora", *module.split(".")])
+    leaves = ["lora_up"] if parts == 1 else [f"lora_up.blocks.{k}" for k in range(parts)]
+    return f"{prefix}.lora_down.weight", [f"{prefix}.{leaf}.weight" for leaf in leaves], f"{prefix}.alpha_scale"
 
 
 def group(names: Iterable[str]) -> Grouped:

@@ -1,0 +1,115 @@
+"""Where clips come from: the procedural ones, or a folder (`folder.py`); what the cache asks of either."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lcv_core.shapes import check_frames, check_size
+from lcv_core.training.data import clips, grammar, render
+from lcv_core.training.data.clips import clip_generator, describe_clip, sample_clip
+from lcv_core.training.data.grammar import HeldBack, caption
+from lcv_core.training.strict import need
+
+_PART = 64  # procedural clips per part
+
+
+@dataclass(frozen=True)
+class SourceClip:
+    """name: what the clip is called in errors. frames: uint8 [F, H, W, 3], F = 4k+1, sides multiples of 16."""
+
+    name: str
+    frames: Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a source that is cached as one file: its clips have one size.
+
+    identity: JSON-able; changes when the clips do. name: for errors and progress.
+    """
+
+    name: str
+    identity: Mapping[str, Any]
+
+
+class ClipSource(Protocol):
+    """Clips with captions, in parts."""
+
+    def parts(self) -> Sequence[Part]:
+        """In a fixed order. InputError naming what is wrong, where the source says to stop at bad data."""
+        ...
+
+    def read(self, index: int) -> Iterator[SourceClip]:
+        """The clips of part `index`; InputError naming the file that cannot be used."""
+        ...
+
+    def captions(self, index: int, position: int) -> tuple[str, ...]:
+        """The captions of clip `position` of part `index`, one or more."""
+        ...
+
+    @property
+    def frame_rate(self) -> float: ...
+
+
+@cache
+def _code_hash() -> str:
+    """Of the code that makes the clips, comments and layout aside: clips of another renderer are others."""
+    trees = (ast.dump(ast.parse(inspect.getsource(module))) for module in (clips, grammar, render))
+    return hashlib.sha256("".join(trees).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ProceduralClips:
+    """Clips rendered by this repository (`clips.py`).
+
+    count: numbers 0 to count - 1 of a seed; a larger count keeps the first ones. captions: wordings of each clip, of
+    which training draws one. late, held_back: as in `describe_clip`.
+    """
+
+    count: int = 20000
+    seed: int = 0
+    num_frames: int = 17
+    height: int = 64
+    width: int = 96
+    frame_rate: float = 15.0
+    late: float = 0.0
+    captions_per_clip: int = 4
+    held_back: HeldBack = "exclude"
+
+    def __post_init__(self) -> None:
+        need(self.count >= 1, f"data.procedural.count must be at least 1, got {self.count}")
+        need(self.captions_per_clip >= 1, "data.procedural.captions_per_clip must be at least 1")
+        need(self.frame_rate > 0, f"data.procedural.frame_rate must be above 0, got {self.frame_rate:g}")
+        need(0 <= self.late <= 1, f"data.procedural.late is a share, in [0, 1], got {self.late:g}")
+        check_frames(self.num_frames)
+        check_size(self.height, self.width)
+
+    def parts(self) -> list[Part]:
+        settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("count", "captions_per_clip")}
+        settings["renderer"] = _code_hash()
+        spans = [(a, min(a + _PART, self.count)) for a in range(0, self.count, _PART)]
+        return [Part(f"clips {a} to {b - 1}", {"procedural": settings, "from": a, "to": b}) for a, b in spans]
+
+    def read(self, index: int) -> Iterator[SourceClip]:
+        for number in range(index * _PART, min((index + 1) * _PART, self.count)):
+            clip = sample_clip(
+                self.seed, number, num_frames=self.num_frames, height=self.height, width=self.width,
+                frame_rate=self.frame_rate, held_back=self.held_back, late=self.late,
+            )  # fmt: skip
+            yield SourceClip(f"clip {number}", clip.frames)
+
+    def captions(self, index: int, position: int) -> tuple[str, ...]:
+        number = index * _PART + position
+        scene, first, _ = describe_clip(self.seed, number, held_back=self.held_back, late=self.late)
+        words = clip_generator(self.seed + 1, number)
+        others = [caption(scene, words) for _ in range(self.captions_per_clip - 1)]
+        return tuple(dict.fromkeys([first, *others]))

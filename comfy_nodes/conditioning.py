@@ -9,6 +9,8 @@ from comfy_api.latest import io
 from . import inputs
 from .host.latents import start_latent
 
+_UNCONNECTED = object()  # what comes in over a link is None when inputs are validated
+
 
 class LongCatVideoLatent(io.ComfyNode):
     @classmethod
@@ -42,8 +44,11 @@ class LongCatVideoLatent(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, num_frames: int, width: int, height: int, num_cond_frames: int) -> bool | str:
-        return inputs.problem(num_frames=num_frames, width=width, height=height, num_cond_frames=num_cond_frames)
+    def validate_inputs(
+        cls, num_frames: int, width: int, height: int, num_cond_frames: int, video: Any = _UNCONNECTED
+    ) -> bool | str:
+        used = None if video is _UNCONNECTED else num_cond_frames
+        return inputs.problem(num_frames=num_frames, width=width, height=height, num_cond_frames=used)
 
     @classmethod
     def execute(

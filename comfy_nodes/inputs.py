@@ -12,6 +12,7 @@ from lcv_core.shapes import SIZE_MULTIPLE, check_cond_frames, check_frames, chec
 
 CATEGORY = "LongCat-Video"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
+MAX_SIZE, MAX_FRAMES, MAX_COND_FRAMES = 4096, 4001, 1001
 
 
 def model() -> io.Model.Input:
@@ -35,28 +36,28 @@ def negative() -> io.Conditioning.Input:
 
 def width() -> io.Int.Input:
     return io.Int.Input(
-        "width", default=0, min=0, max=4096, step=SIZE_MULTIPLE,
+        "width", default=0, min=0, max=MAX_SIZE, step=SIZE_MULTIPLE,
         tooltip="Pixels, a multiple of 16. 0: the model's own (832), or what suits the connected picture.",
     )  # fmt: skip
 
 
 def height() -> io.Int.Input:
     return io.Int.Input(
-        "height", default=0, min=0, max=4096, step=SIZE_MULTIPLE,
+        "height", default=0, min=0, max=MAX_SIZE, step=SIZE_MULTIPLE,
         tooltip="Pixels, a multiple of 16. 0: the model's own (480), or what suits the connected picture.",
     )  # fmt: skip
 
 
 def num_frames(counts: str) -> io.Int.Input:
     return io.Int.Input(
-        "num_frames", default=0, min=0, max=4001,
+        "num_frames", default=0, min=0, max=MAX_FRAMES,
         tooltip=f"{counts} 4k+1: 5, 9, ... 93. 0: the model's own (93, 6.2 seconds).",
     )  # fmt: skip
 
 
 def num_cond_frames() -> io.Int.Input:
     return io.Int.Input(
-        "num_cond_frames", default=0, min=0, max=1001,
+        "num_cond_frames", default=0, min=0, max=MAX_COND_FRAMES,
         tooltip="Last frames of the video that the new part starts from, 4k+1. 0: the model's own (13).",
     )  # fmt: skip
 
@@ -114,8 +115,13 @@ def problem(
     *, num_frames: Any = None, num_cond_frames: Any = None, width: Any = None, height: Any = None
 ) -> bool | str:
     """What `validate_inputs` returns: True, or a sentence. Values that come in over a link are None here, and are
-    checked when the node runs; 0 stands for the model's own."""
+    checked when the node runs; 0 stands for the model's own. Ranges too: ComfyUI leaves those of inputs that a node
+    validates itself to the node."""
     try:
+        check_range("num_frames", num_frames, MAX_FRAMES)
+        check_range("num_cond_frames", num_cond_frames, MAX_COND_FRAMES)
+        check_range("width", width, MAX_SIZE)
+        check_range("height", height, MAX_SIZE)
         if num_frames:
             check_frames(num_frames)
         if num_cond_frames:
@@ -126,3 +132,9 @@ def problem(
     except InputError as error:
         return str(error)
     return True
+
+
+def check_range(name: str, value: Any, most: int) -> None:
+    """InputError unless 0 <= value <= most; None passes."""
+    if value is not None and not 0 <= value <= most:
+        raise InputError(f"{name} must be from 0 to {most}, got {value}")

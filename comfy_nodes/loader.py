@@ -48,6 +48,10 @@ class LongCatVideoLoader(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def fingerprint_inputs(cls, checkpoint: str, vae: str, text_encoder: str, **_: Any) -> Any:
+        return paths.stamp_model(checkpoint, vae, text_encoder)
+
+    @classmethod
     def execute(cls, checkpoint: str, weight_dtype: str, vae: str, text_encoder: str) -> io.NodeOutput:
         return io.NodeOutput(*load_parts(checkpoint, weight_dtype, vae, text_encoder))
 
@@ -68,6 +72,10 @@ class LongCatVideoLoraLoader(io.ComfyNode):
             ],
             outputs=[io.Model.Output(), io.String.Output("report", display_name="report")],
         )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> Any:
+        return paths.stamp(lora_name)
 
     @classmethod
     def execute(cls, model: Any, lora_name: str, strength: float) -> io.NodeOutput:

@@ -14,6 +14,8 @@ from . import inputs
 from .host.preview import graph_key
 from .host.tasks import make_long, split_prompts
 
+_MAX_SEGMENTS = 1000
+
 
 class LongCatVideoLong(io.ComfyNode):
     @classmethod
@@ -37,7 +39,7 @@ class LongCatVideoLong(io.ComfyNode):
                     tooltip="What to avoid; used when guidance is above 1.",
                 ),
                 io.Int.Input(
-                    "num_segments", default=0, min=0, max=1000,
+                    "num_segments", default=0, min=0, max=_MAX_SEGMENTS,
                     tooltip="0: one per prompt. Above that there must be one prompt, which all segments share.",
                 ),
                 inputs.width(),
@@ -72,6 +74,7 @@ class LongCatVideoLong(io.ComfyNode):
     ) -> bool | str:
         if isinstance(prompts, str):
             try:
+                inputs.check_range("num_segments", num_segments, _MAX_SEGMENTS)
                 lines = split_prompts(prompts)
             except InputError as error:
                 return str(error)

@@ -6,6 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from lcv_core.errors import InputError
+
 from . import inputs
 from .host import paths
 from .host.preview import graph_key
@@ -76,11 +78,17 @@ class LongCatVideoRefine(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def fingerprint_inputs(cls, refine_lora: str, **_: Any) -> Any:
+        return paths.stamp(refine_lora)  # the loader knows of those that "auto" takes
+
+    @classmethod
     def execute(
         cls, model: Any, vae: Any, positive: Any, frames: Any, seed: int, mode: str, refine_steps: int,
         t_thresh: float, sparsity: float, refine_lora: str, width: int, height: int, window: int, overlap: int,
         fit: Any, vae_tile: int, image: Any = None, video: Any = None,
     ) -> io.NodeOutput:  # fmt: skip
+        if mode not in _MODES:
+            raise InputError(f"unknown mode {mode!r}; there are: {', '.join(_MODES)}")
         spatial_only = mode == _MODES[1]
         rate = 15.0 if spatial_only else 30.0
         node_id = cls.hidden.unique_id

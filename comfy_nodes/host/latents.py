@@ -17,6 +17,8 @@ from .native import native_of
 from .sampling import Latent, condition_mask
 from .vae import check_vae, host_vae
 
+_CHANNELS = 16  # of the Wan 2.1 VAE's latents
+
 
 def start_latent(
     model: Any, vae: Any, *, height: int, width: int, num_frames: int, num_cond_frames: int, batch_size: int, fit: Fit,
@@ -25,6 +27,8 @@ def start_latent(
     """(LATENT, width, height). An image is one condition frame, a video its last num_cond_frames. 0 stands for the
     model's own sizes and counts; with a picture, for the size that suits its aspect."""
     check_vae(vae)
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
     native = native_of(model)
     num_frames, num_cond_frames = num_frames or native.num_frames, num_cond_frames or native.num_cond_frames
     frames = _condition(image, video, num_frames, num_cond_frames)
@@ -73,10 +77,27 @@ def frames_of(images: Any) -> Tensor:
     return torch.stack(levels)
 
 
+def samples_of(latent: Latent) -> Tensor:
+    """A LATENT's samples [B, 16, T, h, w]; InputError when it is no video's of this model, or not finite."""
+    samples = latent["samples"]
+    if samples.ndim != 5:
+        raise InputError(f"the latent is {samples.ndim}-dimensional, a video's has 5; use LongCat-Video Latent")
+    if samples.shape[1] != _CHANNELS:
+        raise InputError(
+            f"the latent has {samples.shape[1]} channels, LongCat-Video's have {_CHANNELS}; use LongCat-Video Latent"
+        )
+    if not samples.shape[0]:
+        raise InputError("the latent holds no video; make one with a batch_size of at least 1")
+    if not torch.isfinite(samples).all():
+        raise InputError("the latent has NaN or infinite values; make it again, what it came from went wrong")
+    return samples
+
+
 def tail_latents(latent: Latent, num_cond_frames: int) -> Tensor:
-    """The last latents that stand for `num_cond_frames` frames, [B, C, n, h, w]."""
-    samples, count = latent["samples"], num_latents(num_cond_frames)
-    if samples.ndim != 5 or samples.shape[2] < count:
-        have = samples.shape[2] if samples.ndim == 5 else 0
-        raise InputError(f"the latents have {have} frames, {num_cond_frames} condition frames need {count}")
+    """The last latents that stand for `num_cond_frames` frames, [1, 16, n, h, w]."""
+    samples, count = samples_of(latent), num_latents(num_cond_frames)
+    if samples.shape[0] > 1:
+        raise InputError(f"the latent holds {samples.shape[0]} videos; choose one with Latent From Batch")
+    if samples.shape[2] < count:
+        raise InputError(f"the latent has {samples.shape[2]} frames, {num_cond_frames} condition frames need {count}")
     return samples[:, :, -count:]

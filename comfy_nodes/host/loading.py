@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,14 @@ import folder_paths
 
 from lcv_core.errors import CheckpointError
 from lcv_core.weights.checkpoint import Checkpoint
+from lcv_core.weights.recognise import kind_of, title
+from lcv_core.weights.tensors import TensorSource
 
 from . import native, paths, text, vae
 
 log = logging.getLogger("lcv_core")
 
+_XXL = (256384, 4096)  # tokens and channels of umT5-XXL
 _HELP = {
     "vae": "put wan_2.1_vae.safetensors into models/vae (it is in Comfy-Org/Wan_2.1_ComfyUI_repackaged on the Hub), or"
     " the vae folder of meituan-longcat/LongCat-Video beside the dit folder",
@@ -28,11 +30,11 @@ _HELP = {
 
 def load_parts(name: str, weight_dtype: str, vae_name: str, text_name: str) -> tuple[Any, Any, Any]:
     """MODEL, CLIP (None for "none") and VAE (None for "none"). What is missing is said before anything is loaded."""
-    checkpoint = _with_known_adapters(paths.open_model(name, vae_name, text_name))
+    checkpoint = paths.open_model(name, vae_name, text_name)
     wanted = {"vae": vae_name != paths.NONE, "text_encoder": text_name != paths.NONE}
     for part, help_text in _HELP.items():
         if wanted[part] and getattr(checkpoint, part) is None:
-            raise CheckpointError(f"no {part.replace('_', ' ')} was found for {name}: {help_text}; or choose none")
+            raise CheckpointError(f"no {paths.TITLES[part]} was found for {name}: {help_text}; or choose none")
     loaded_vae = vae.load_vae(checkpoint) if wanted["vae"] else None
     config = None if loaded_vae is None else vae.vae_config(loaded_vae)
     model = native.load_model(checkpoint, weight_dtype=weight_dtype, vae=config)
@@ -44,6 +46,7 @@ def _clip(checkpoint: Checkpoint) -> Any:
     path = checkpoint.require("text_encoder")
     if path.is_dir() or checkpoint.tokenizer is not None:
         return text.load_clip(checkpoint)
+    _check_xxl(path)
     try:
         return comfy.sd.load_clip(
             [str(path)],
@@ -57,11 +60,14 @@ def _clip(checkpoint: Checkpoint) -> Any:
         ) from error
 
 
-def _with_known_adapters(checkpoint: Checkpoint) -> Checkpoint:
-    """The adapters that lie in models/loras rather than beside the checkpoint."""
-    found: dict[str, Path] = dict(checkpoint.adapters)
-    for kind in ("distill", "refinement"):
-        path = None if kind in found else paths.known_adapter(kind)
-        if path is not None:
-            found[kind] = path
-    return dataclasses.replace(checkpoint, adapters=found)
+def _check_xxl(path: Path) -> None:
+    """CheckpointError unless a file's header is umT5-XXL's: ComfyUI would find out after gigabytes, or never."""
+    source = TensorSource.open(path)
+    embedding = source.shape("shared.weight") if "shared.weight" in source else ()
+    if kind_of(source) != "text_encoder":
+        raise CheckpointError(f"{path.name} is not the umT5 text encoder: it looks like {title(source)}")
+    if embedding != _XXL:
+        raise CheckpointError(
+            f"{path.name} is not umT5-XXL: its embedding is {list(embedding) or 'absent'}, not {list(_XXL)}; choose"
+            " umt5_xxl_fp16.safetensors or umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+        )

@@ -39,10 +39,6 @@ class NativeDiT(LongCatDiT):
         self.patch_size = config.patch_size  # other packs read the token grid off this name
         self.cache: ConditionCache | None = None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.compute_dtype
-
     def forward(  # type: ignore[override]  # ComfyUI's signature, not the parent's
         self,
         x: Tensor,

@@ -73,7 +73,8 @@ def _upstream(prompt: dict[str, dict[str, object]], node_id: str) -> object:
         name: [_upstream(prompt, str(value[0])), value[1]] if _is_link(value, prompt) else [value, paths.stamp(value)]
         for name, value in inputs.items()
     }
-    return {"type": node.get("class_type"), "inputs": resolved}
+    # What fingerprint_inputs of the node gave, ours and every other's: the files that it chose by itself count too.
+    return {"type": node.get("class_type"), "inputs": resolved, "files": node.get("is_changed")}
 
 
 def _is_link(value: object, prompt: dict[str, dict[str, object]]) -> bool:

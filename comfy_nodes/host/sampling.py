@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import comfy.model_management
@@ -21,6 +24,8 @@ from lcv_core.text.encoder import TextStates
 from .native import require_longcat
 from .network import BSA_OPTION
 from .text import Conditioning, conditioning_of
+
+log = logging.getLogger("lcv_core")
 
 Latent = dict[str, Any]  # ComfyUI's LATENT
 
@@ -69,9 +74,25 @@ def make_guider(model: Any, positive: Conditioning, negative: Conditioning | Non
 def with_bsa(model: Any, bsa: BSAConfig | None) -> Any:
     """A clone of a LongCat-Video MODEL whose self-attention is block sparse with these settings; None: dense."""
     require_longcat(model)
+    if bsa is not None:
+        tell_of_triton(model.load_device)
     clone = model.clone()
     clone.model_options.setdefault("transformer_options", {})[BSA_OPTION] = bsa
     return clone
+
+
+def tell_of_triton(device: torch.device) -> None:
+    """Say once, in the log, what makes block sparse attention fast on this card and is not there."""
+    if device.type == "cuda" and find_spec("triton") is None:
+        _warn_no_triton()
+
+
+@cache
+def _warn_no_triton() -> None:
+    log.warning(
+        "block sparse attention runs without Triton, much slower than it could: pip install triton (on Windows: pip"
+        " install triton-windows)"
+    )
 
 
 def bsa_of(model: Any) -> BSAConfig | None:

@@ -12,39 +12,55 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 import torch
-from lcv_bsa.adapters.comfyui import make_sparse
+from lcv_bsa.adapters.comfyui import SparseOverride, make_sparse
 from torch import Tensor
 
 from lcv_core.config import BSAConfig
 from lcv_core.errors import InputError
 
 from .native import LongCatVideo, leading_zeros
-from .sampling import Latent, StepBar, make_guider, run_guider, with_bsa
+from .sampling import Latent, StepBar, make_guider, run_guider, tell_of_triton, with_bsa
 from .schedule import sigmas_of
 from .text import Conditioning
 
+OVERRIDE = "optimized_attention_override"  # transformer_options: what ComfyUI calls in place of its attention
 BLOCKS = {"4 x 4 x 4": (4, 4, 4), "2 x 8 x 4": (2, 8, 4), "4 x 8 x 4": (4, 8, 4), "4 x 8 x 8": (4, 8, 8)}
 
 
 def sparse_model(model: Any, sparsity: float, block: str = "4 x 4 x 4", min_tokens: int = 4096) -> Any:
-    """A clone of a MODEL with block sparse self-attention; sparsity 0 leaves it dense.
+    """A clone of a MODEL with block sparse self-attention in place of any that it had; sparsity 0 makes it dense.
 
     LongCat-Video knows its condition frames; for another model every self-attention over the whole video's tokens is
     sparse. InputError where the token grid of a model is not known.
     """
+    if block not in BLOCKS:
+        raise InputError(f"unknown block {block!r}; there are: {', '.join(BLOCKS)}")
+    bsa = BSAConfig(sparsity=sparsity, block_q=BLOCKS[block], block_k=BLOCKS[block]) if sparsity else None  # validates
     if isinstance(model.model, LongCatVideo):
-        return with_bsa(
-            model, BSAConfig(sparsity=sparsity, block_q=BLOCKS[block], block_k=BLOCKS[block]) if sparsity else None
-        )
-    if not sparsity:
-        return model.clone()
+        return with_bsa(model, bsa)
+    model = _dense(model)
+    if bsa is None:
+        return model
     patch = getattr(model.model.diffusion_model, "patch_size", None)
     if not isinstance(patch, (tuple, list)) or len(patch) != 3:
         raise InputError(
             f"the token grid of {type(model.model).__name__} is not known; block sparse attention works with"
             " LongCat-Video, Wan and other video models whose transformer has a patch_size of three"
         )
+    tell_of_triton(model.load_device)
     return make_sparse(model, keep=1.0 - sparsity, block=BLOCKS[block], min_tokens=min_tokens)
+
+
+def _dense(model: Any) -> Any:
+    """A clone of another video MODEL without the block sparse attention that it may have."""
+    clone = model.clone()
+    options = clone.model_options.setdefault("transformer_options", {})
+    override = options.pop(OVERRIDE, None)
+    while isinstance(override, SparseOverride):
+        override = override.previous
+    if override is not None:
+        options[OVERRIDE] = override
+    return clone
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,13 @@ def compare(
     model: Any, positive: Conditioning, negative: Conditioning | None, latent: Latent, *, vae: Any, sparsity: float,
     block: str, min_tokens: int, num_steps: int, guidance_scale: float, seed: int,
 ) -> Comparison:  # fmt: skip
-    """Sample dense, then sparse, with the same seed; each timed over its steps, after one that is not counted."""
+    """Sample dense, then sparse, with the same seed; each timed over its steps, after one that is not counted.
+
+    InputError where the VAE is for other latents than the model's.
+    """
+    channels, theirs = getattr(vae, "latent_channels", None), model.model.latent_format.latent_channels
+    if vae is not None and channels != theirs:
+        raise InputError(f"this VAE is for {channels} channels, the model's latents have {theirs}; connect its own VAE")
     bar = StepBar(model, 2 * (num_steps + 1))
     runs = []
     for offset, patched in ((0, model), (num_steps + 1, sparse_model(model, sparsity, block, min_tokens))):

@@ -25,11 +25,11 @@ from lcv_core.pipelines.continuation import continue_from_latents
 from lcv_core.pipelines.long_video import Segment
 from lcv_core.pipelines.refine import refine_sigmas
 from lcv_core.refinement import plan_windows
-from lcv_core.shapes import SPACE_FACTOR, num_latents
+from lcv_core.shapes import SPACE_FACTOR, check_cond_frames, num_latents
 
 from . import paths
 from .components import HostComponents, components, need_adapter
-from .latents import frames_of, tail_latents
+from .latents import frames_of, samples_of, tail_latents
 from .native import leading_zeros
 from .preview import show_segment
 from .sampling import Latent, StepBar, make_guider, run_guider
@@ -61,9 +61,7 @@ def sample_latent(
     """Sample a LATENT; the frames that its noise mask keeps are its condition. sigmas win over the schedule."""
     c = components(model, positive=positive, negative=negative)
     _check_distilled(c, schedule)
-    samples = latent["samples"]
-    if samples.ndim != 5:
-        raise InputError(f"the latent is {samples.ndim}-dimensional, a video's has 5; use LongCat-Video Latent")
+    samples = samples_of(latent)
     mask = latent.get("noise_mask")
     mask = None if mask is None else comfy.utils.reshape_mask(mask.float(), samples.shape)
     n_c = leading_zeros(mask, samples.shape[2])
@@ -130,6 +128,7 @@ def continue_clip(
 def _from_latents(
     c: HostComponents, latent: Latent, num_cond_frames: int, run: Run, bar: StepBar, options: Options
 ) -> Tensor:
+    check_cond_frames(num_cond_frames, options["num_frames"], num_cond_frames)
     cond = c.model.model.latent_format.process_in(tail_latents(latent, num_cond_frames))
     run = Run.of(
         num_steps=run.num_steps, guidance_scale=run.guidance_scale, schedule=run.schedule, cfg_scope=run.cfg_scope,
@@ -235,6 +234,8 @@ def refine_clip(
         need_adapter(c, "refinement")
     bsa = BSAConfig(sparsity=sparsity) if sparsity > 0 else None
     window = window or c.native.num_frames
+    if window < 2:
+        raise InputError(f"window must be at least 2 frames, or 0 for the model's own, got {window}")
     overlap = min(overlap or c.native.num_cond_frames, window // 2)
     windows = plan_windows(clip.shape[0], window, overlap)
     steps = len(refine_sigmas(c, t_thresh, REFINE_DEFAULT_STEPS, refine_steps)) - 1

@@ -30,6 +30,15 @@ SITE = REPOSITORY / ".comfyui" / "site"
 # With hyphens, as a clone of the repository has: the folder's name is no Python identifier.
 PACK = "longcat-video-nodes"
 FOLDERS = ("input", "output", "user", "temp", "models", "custom_nodes")
+# More folders for models, as users give them to ComfyUI.
+EXTRA = "elsewhere"
+EXTRA_PATHS = """\
+shared:
+  base_path: {folder}
+  diffusion_models: transformers
+  loras: adapters
+  longcat_video: checkpoints
+"""
 NOT_IN_A_CLONE = (
     ".git",
     ".venv",
@@ -116,7 +125,7 @@ class ComfyServer:
 
     Attributes:
         url: where it answers, without a slash at the end.
-        run: its folder: input, output, user, temp, models, custom_nodes.
+        run: its folder: input, output, user, temp, models, custom_nodes, and elsewhere with further models.
         pack: this repository as it lies in custom_nodes.
         core: the checkout.
     """
@@ -194,6 +203,8 @@ def make_run_folder(run: Path, options: Options) -> Path:
     """ComfyUI's base directory with this pack (and others) in custom_nodes; returns where this pack lies."""
     for name in FOLDERS:
         (run / name).mkdir(parents=True, exist_ok=True)
+    (run / EXTRA).mkdir(exist_ok=True)
+    (run / f"{EXTRA}.yaml").write_text(EXTRA_PATHS.format(folder=run / EXTRA), encoding="utf-8")
     settings = run / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(exist_ok=True)
     settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
@@ -226,6 +237,7 @@ def command(core: Core, run: Path, port: int, options: Options) -> Sequence[str]
         *(part for folder in installed for part in ("--install", str(folder))),
         *(str(core.folder / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(port)),
         *("--base-directory", str(run), "--database-url", f"sqlite:///{run / 'user' / 'comfyui.db'}"),
+        *("--extra-model-paths-config", str(run / f"{EXTRA}.yaml")),
         *("--disable-auto-launch", "--preview-method", "latent2rgb"),
         *(("--front-end-root", frontend) if frontend else ()),
         *options.arguments,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from playwright.sync_api import ConsoleMessage, Page, Route, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Route, sync_playwright
 
 Json = Any
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -54,6 +54,7 @@ SETTINGS = {
     "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
     "Comfy.VueNodes.Enabled": False,
+    "Comfy.Locale": "en",
 }
 # Errors that ComfyUI's own front end reports on an empty, healthy server without any pack.
 CORES_OWN = tuple(
@@ -64,13 +65,16 @@ CORES_OWN = tuple(
             r"404.*/api/userdata/comfy\.templates\.json$",  # saved node templates
             r"404.*/api/userdata\?dir=(workflows|subgraphs)\b",  # folders that the first save makes
             r"404.*/api/jobs\?",  # newer than the oldest cores that this front end is used with
-            r"^\[Jobs API\] Failed to fetch jobs: 404",
+            r"(^\[Jobs API\]|^Failed to fetch queue:).*Failed to fetch jobs: 404",
             r"^ComfyApp graph accessed before initialization",
+            r"^Attempted to cleanup event listeners for graph that was never set up",  # 1.27, when a subgraph is made
             # A stock loader of an empty input folder asks for the preview of nothing.
             r"404.*/api/view\?type=input&filename=(null|undefined)&",
         ),
     )
 )
+# A front end that is not the one its core was released with says so, once.
+CORES_OWN_ALERT = re.compile("Version Compatibility Warning")
 # Only the graph: its canvas, and the elements that lie over it as parts of nodes.
 ONLY_THE_GRAPH = """
 * { visibility: hidden !important; transition: none !important; }
@@ -125,21 +129,54 @@ def open_page(url: str, *, settings: dict[str, Json] | None = None, scale: float
     put_settings(url, SETTINGS | (settings or {}))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS, env=environment(chromium))
-        page = browser.new_page(viewport={"width": 1920, "height": 1080}, device_scale_factor=scale)
-        page.set_default_timeout(CALL_MS)
-        page.add_init_script(path=TOOLS)
-        page.route("**/*", lambda route: _only_to(url, route))
-        errors = _errors[page] = []
-        page.on("console", lambda message: _note(url, message, errors))
-        page.on("pageerror", lambda error: errors.append(error.stack or str(error)))
         try:
-            page.goto(url)
-            page.wait_for_function("() => graphTools.ready()", timeout=START_MS)
-            page.wait_for_load_state("networkidle")
-            page.evaluate("() => graphTools.clear()")
-            yield page
+            with _new_page(browser, url, {}, scale) as page:
+                yield page
         finally:
             browser.close()
+
+
+@contextlib.contextmanager
+def another_page(
+    page: Page, *, settings: dict[str, Json] | None = None, instead: dict[str, str] | None = None
+) -> Iterator[Page]:
+    """A second page of the same browser and server, as another user's.
+
+    Args:
+        settings: of SETTINGS, while it is open.
+        instead: pattern of an address -> JavaScript that is served there.
+    """
+    url = page.url.split("#")[0].rstrip("/")
+    settings = settings or {}
+    browser = page.context.browser
+    assert browser
+    put_settings(url, settings)
+    try:
+        with _new_page(browser, url, instead or {}) as other:
+            yield other
+    finally:
+        put_settings(url, {name: SETTINGS[name] for name in settings})
+
+
+@contextlib.contextmanager
+def _new_page(browser: Browser, url: str, instead: dict[str, str], scale: float = 1) -> Iterator[Page]:
+    page = browser.new_page(viewport={"width": 1920, "height": 1080}, device_scale_factor=scale)
+    page.set_default_timeout(CALL_MS)
+    page.add_init_script(path=TOOLS)
+    page.route("**/*", lambda route: _only_to(url, route))
+    for pattern, script in instead.items():
+        page.route(pattern, lambda route, _, body=script: route.fulfill(content_type="text/javascript", body=body))
+    errors = _errors[page] = []
+    page.on("console", lambda message: _note(url, message, errors))
+    page.on("pageerror", lambda error: errors.append(error.stack or str(error)))
+    try:
+        page.goto(url)
+        page.wait_for_function("() => graphTools.ready()", timeout=START_MS)
+        page.wait_for_load_state("networkidle")
+        page.evaluate("() => graphTools.clear()")
+        yield page
+    finally:
+        page.close()
 
 
 def put_settings(url: str, settings: dict[str, Json]) -> None:
@@ -220,7 +257,7 @@ def describe(page: Page) -> Json:
 
 def alerts(page: Page) -> list[str]:
     """Texts of the messages and dialogs in front of the graph."""
-    return page.evaluate("() => graphTools.alerts()")
+    return [text for text in page.evaluate("() => graphTools.alerts()") if not CORES_OWN_ALERT.search(text)]
 
 
 def screenshot_of_graph(page: Page) -> bytes:

@@ -11,7 +11,8 @@ from comfyui.api import Client
 from comfyui.fixtures import comfy, comfy_core
 from playwright.sync_api import Page
 
-from .browser import NO_CHROMIUM, find_chromium, forget, open_page
+from .browser import NO_CHROMIUM, alerts, console_errors, find_chromium, forget, open_page
+from .timeline import THREE, Timeline, add_node, show
 
 __all__ = ["comfy", "comfy_core"]
 
@@ -49,3 +50,20 @@ def page(front_end: Page) -> Page:
     """The front end with an empty graph and without errors."""
     forget(front_end)
     return front_end
+
+
+@pytest.fixture
+def clean(page: Page) -> Iterator[Page]:
+    """An empty graph; nothing may be wrong at the end."""
+    show(page)
+    yield page
+    assert console_errors(page) == []
+    assert alerts(page) == []
+
+
+@pytest.fixture
+def timeline(clean: Page) -> Timeline:
+    """A node with three prompts."""
+    made = Timeline(clean, add_node(clean, prompts="\n".join(THREE)))
+    made.must_have(*THREE)
+    return made

@@ -2,8 +2,10 @@
 
 window.graphTools = (() => {
   const TITLE = 30;
-  const NOTICES = ".p-toast-message, .p-dialog, [role=alertdialog], [role=dialog], [data-testid=error-overlay]";
-  const CLOSE = ".p-toast-close-button, .p-dialog-close-button, [role=dialog] [aria-label=Close]";
+  const NOTICES = `.p-toast-message, .p-dialog, [role=alertdialog], [role=dialog], [data-testid=error-overlay],
+    [data-testid=toast]`;
+  const CLOSE = `.p-toast-close-button, .p-dialog-close-button, [role=dialog] [aria-label=Close],
+    [data-testid=toast-close]`;
   const frame = () => new Promise((done) => requestAnimationFrame(done));
   const pause = (ms) => new Promise((done) => setTimeout(done, ms));
   const graph = () => app.canvas.graph;
@@ -79,7 +81,9 @@ window.graphTools = (() => {
       element instanceof Element ? [element, ...element.querySelectorAll("*")] : [],
     );
     const scrolls = (element) => /auto|scroll|hidden/.test(getComputedStyle(element).overflowY);
-    return elements.filter((one) => shown(one) && scrolls(one) && one.scrollHeight > one.clientHeight + 1).length;
+    // A note has its raw text behind it, to be edited.
+    const seen = (element) => shown(element) && element.checkVisibility({ opacityProperty: true, visibilityProperty: true });
+    return elements.filter((one) => seen(one) && scrolls(one) && one.scrollHeight > one.clientHeight + 1).length;
   }
 
   function describeNode(node) {

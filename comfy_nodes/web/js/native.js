@@ -6,7 +6,7 @@ export const MINIATURE = { numFrames: 33, numCondFrames: 13 };
 const LOADER = "LongCatVideoLoader";
 const BUILT_IN = "miniature (built in)";
 const TYPE = "MODEL";
-// The node that stands for a subgraph's inputs has this id in every subgraph.
+// The node that stands for a subgraph's inputs has this id in every subgraph; a string in newer front ends.
 const SUBGRAPH_INPUT = -10;
 // Links can form a loop through nodes that no job could run.
 const MAX_HOPS = 100;
@@ -44,7 +44,7 @@ function modelInput(node) {
 function originOf(graph, id) {
   const link = graph?.getLink?.(id) ?? graph?.links?.[id];
   if (!link) return null;
-  if (link.origin_id !== SUBGRAPH_INPUT) return { node: graph.getNodeById(link.origin_id), slot: link.origin_slot };
+  if (Number(link.origin_id) !== SUBGRAPH_INPUT) return { node: graph.getNodeById(link.origin_id), slot: link.origin_slot };
   const host = hostOf(graph);
   const outside = host?.inputs?.[link.origin_slot]?.link;
   return outside == null ? null : originOf(host.graph, outside);

@@ -7,7 +7,10 @@ export class Run {
     this.text = text;
     /** @type {string[]} addresses of the finished segments' videos */
     this.videos = [];
-    this.part = 0;
+    this.value = 0;
+    this.max = 0;
+    /** Steps before the segment that runs; null: not known yet, segments that were kept came first. */
+    this.before = 0;
     this.active = true;
   }
 
@@ -17,11 +20,14 @@ export class Run {
 
   finish(index, video) {
     this.videos[index] = video;
+    this.before = this.value || null;
   }
 
   /** `value` of `max` steps are done, over all segments. */
   step(value, max) {
-    if (max > 0) this.part = value / max;
+    this.before ??= value - 1;
+    this.value = value;
+    this.max = max;
   }
 
   end() {
@@ -30,7 +36,8 @@ export class Run {
 
   /** @returns {number} how much of `length` segments from `index` on is done, of `count` in all; 0 to 1 */
   done(index, length, count) {
-    const running = this.active ? Math.min(1, Math.max(0, this.part * count - this.finished)) : 0;
+    const steps = (this.max - this.before) / (count - this.finished);
+    const running = this.active && steps > 0 ? Math.min(1, (this.value - this.before) / steps) : 0;
     return Math.min(1, Math.max(0, (this.finished + running - index) / length));
   }
 }

@@ -13,6 +13,8 @@ import { translator } from "./strings.js";
 import { TimelineView } from "./view.js";
 
 const NODE = "LongCatVideoLong";
+// What is interrupted goes on when the same graph is queued again: the seed of a new node stays what it is.
+const GO_ON = [NODE, "LongCatVideoRefine"];
 const PROPERTY = "Prompts view";
 const MARGIN = 10;
 const WATCH_MS = 200;
@@ -21,6 +23,8 @@ const VUE_NODES_SHOW_ELEMENTS = [1, 30];
 
 /** @type {WeakMap<object, Timeline>} by node */
 const timelines = new WeakMap();
+/** @type {WeakSet<object>} widgets */
+const hiddenHere = new WeakSet();
 // Timelines whose node is gone from the graph, until their elements are gone from the page.
 const orphans = new Set();
 
@@ -45,9 +49,13 @@ function setFixedHeight(widget, height) {
   widget.computeLayoutSize = undefined;
 }
 
-/** Hides a widget from both kinds of front end. */
+/**
+ * Hides a widget from both kinds of front end.
+ * @returns {boolean} whether that is a change; not read from the widget: newer front ends say that a linked one is hidden
+ */
 function setHidden(widget, hidden) {
-  if (Boolean(widget.hidden) === hidden) return false;
+  if (hiddenHere.has(widget) === hidden) return false;
+  hidden ? hiddenHere.add(widget) : hiddenHere.delete(widget);
   widget.hidden = hidden;
   // Older front ends keep the room of a hidden widget.
   setFixedHeight(widget, hidden ? 0 : null);
@@ -87,10 +95,25 @@ class Timeline {
       serialize: false,
       getMinHeight: () => view.height + 2 * MARGIN,
       // The socket of the hidden text widget belongs beside the cards.
-      onDraw: () => text.hidden && (text.y = widget.y),
+      onDraw: () => hiddenHere.has(text) && (text.y = widget.y),
     });
     widget.serialize = false;
+    // Drawn where the prompts are.
+    node.widgets.splice(node.widgets.indexOf(widget), 1);
+    node.widgets.splice(node.widgets.indexOf(text) + 1, 0, widget);
+    this.#closeGap(widget);
     return widget;
+  }
+
+  /** Front ends of 2025 save values by the widget's place and leave a hole for the one that is not saved. */
+  #closeGap(widget) {
+    const { node } = this;
+    const { onSerialize } = node;
+    node.onSerialize = (saved) => {
+      onSerialize?.call(node, saved);
+      const values = saved.widgets_values;
+      if (values?.length === node.widgets.length) values.splice(node.widgets.indexOf(widget), 1);
+    };
   }
 
   /** Values and links change without an event that all front ends have, so the node is looked at now and then. */
@@ -186,11 +209,12 @@ class Timeline {
   }
 
   #render(force) {
-    const planned = plan(this.prompts, this.#settings());
+    const prompts = this.mode === "linked" ? [] : this.prompts;
+    const planned = plan(prompts, this.#settings());
     const state = JSON.stringify([planned, this.mode]);
     if (this.mode === "off" || (!force && state === this.shownState)) return;
     this.shownState = state;
-    this.view.render(this.prompts, planned, this.mode);
+    this.view.render(prompts, planned, this.mode);
     this.#mark();
   }
 
@@ -367,6 +391,11 @@ class Timeline {
   }
 }
 
+function keepSeed(node) {
+  const control = node.widgets?.find((widget) => widget.name === "control_after_generate");
+  if (control) control.value = "fixed";
+}
+
 function addStyles() {
   const link = document.createElement("link");
   link.rel = "stylesheet";
@@ -383,6 +412,7 @@ async function start() {
   app.registerExtension({
     name: "LongCatVideo.SegmentTimeline",
     nodeCreated(node) {
+      if (GO_ON.includes(node.comfyClass)) keepSeed(node);
       if (node.comfyClass !== NODE) return;
       try {
         new Timeline(app, node);

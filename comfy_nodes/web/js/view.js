@@ -11,6 +11,7 @@ const MIN_HEIGHT = 100;
 const MAX_GROWN_HEIGHT = 320;
 // Above so many segments, the strip leaves no gaps between them.
 const MAX_BLOCKS_WITH_GAPS = 60;
+const ARROWS = { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1 };
 const ICONS = {
   grip: "M6 3.5h.01M10 3.5h.01M6 8h.01M10 8h.01M6 12.5h.01M10 12.5h.01",
   add: "M8 3v10M3 8h10",
@@ -156,8 +157,8 @@ export class TimelineView {
   play(segment) {
     const video = this.videos[segment];
     if (!video || this.video.getAttribute("src") === video) return;
-    const { segments } = this.plan;
-    const name = this.words("segment", { n: segment + 1, count: Math.max(segments.length, segment + 1) });
+    const count = this.plan.segments.length;
+    const name = this.words(segment < count ? "segment" : "lone", { n: segment + 1, count });
     this.video.src = video;
     this.video.setAttribute("aria-label", name);
     this.caption.textContent = name;
@@ -328,7 +329,18 @@ export class TimelineView {
     const key = event.key.toLowerCase();
     if (event.altKey) return this.#moveKey(key, index);
     if (event.ctrlKey || event.metaKey) return this.#controlKey(event, key, index, text);
-    return text !== null && this.#textKey(key, index, text);
+    if (text && !event.shiftKey) this.#arrowKey(index + ARROWS[event.key], ARROWS[event.key], text);
+    return text !== null && this.#textKey(event, key, index, text);
+  }
+
+  /** An arrow that leaves the caret where it is was pressed at the edge of the text, and leads to the card beyond. */
+  #arrowKey(to, direction, text) {
+    const { selectionStart: start, selectionEnd: end } = text;
+    if (start !== end || !this.list.children[to]) return;
+    setTimeout(() => {
+      const stayed = text.selectionStart === start && text.selectionEnd === start && document.activeElement === text;
+      if (stayed) this.focus(to, direction > 0 ? 0 : null);
+    });
   }
 
   #moveKey(key, index) {
@@ -337,21 +349,22 @@ export class TimelineView {
     return !Number.isNaN(to);
   }
 
+  /** Not Enter: with Ctrl it queues the graph, as everywhere. */
   #controlKey({ shiftKey }, key, index, text) {
     const { actions } = this;
-    if (key === "enter" && !shiftKey) actions.add(index);
-    else if (key === "d" && !shiftKey) actions.duplicate(index);
+    if (key === "d" && !shiftKey) actions.duplicate(index);
     else if (text && key === "z") shiftKey ? actions.redo() : actions.undo();
     else if (text && key === "y" && !shiftKey) actions.redo();
     else return false;
     return true;
   }
 
-  #textKey(key, index, text) {
+  #textKey({ shiftKey }, key, index, text) {
     const { actions } = this;
     const { value, selectionStart: start, selectionEnd: end } = text;
     const atStart = start === 0 && end === 0;
-    if (key === "enter") actions.split(index, start, end);
+    if (key === "enter" && shiftKey) actions.add(index);
+    else if (key === "enter") actions.split(index, start, end);
     else if (key === "delete" && !value) actions.remove(index);
     else if (key === "backspace" && atStart && index > 0) actions.join(index);
     else return false;

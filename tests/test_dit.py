@@ -322,8 +322,10 @@ def cached_and_whole(
 @pytest.mark.parametrize(("batch", "cache_batch"), [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("cond", [1, 3])
 def test_the_cache_changes_nothing(batch: int, cache_batch: int, cond: int) -> None:
-    cached, whole = cached_and_whole(make_dit(), batch=batch, cache_batch=cache_batch, cond=cond)
-    assert (cached - whole).abs().max() <= 1e-5
+    """In fp64: in fp32 the order of sums, which differs from processor to processor, is all that would be seen."""
+    cached, whole = cached_and_whole(make_dit(torch.float64), batch=batch, cache_batch=cache_batch, cond=cond)
+    assert whole.dtype == torch.float64
+    assert (cached - whole).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("cond", [1, 2])
@@ -457,13 +459,13 @@ def test_pads_that_are_not_at_the_end_are_read() -> None:
 
 def test_samples_of_a_batch_do_not_meet() -> None:
     for zero_pad in (True, False):
-        dit = make_dit(text_tokens_zero_pad=zero_pad)
+        dit = make_dit(torch.float64, text_tokens_zero_pad=zero_pad)
         x, t, states = randn(2, 16, 2, 4, 6), torch.tensor([500.0, 200.0]), text(2)
         assert states.mask is not None
         both = dit(x, t, states.states, states.mask)
         for b in range(2):
             alone = dit(x[b : b + 1], t[b : b + 1], states.states[b : b + 1], states.mask[b : b + 1])
-            assert (both[b : b + 1] - alone).abs().max() <= 1e-5
+            assert (both[b : b + 1] - alone).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib.util
 import math
 import shutil
 import time
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 MAX_SKIPPED = 20  # steps without a finite loss in a row: then nothing will come of it
 MODEL_FOLDER = "model"  # of a run: what came out, in the official layout
+_NEEDS = ("accelerate", "tensorboard", "matplotlib")
 _DRAW_EVERY = 120.0  # seconds between pictures of the curves
 _AHEAD = 2  # batches prepared by a thread while an accelerator computes
 
@@ -269,7 +271,8 @@ class Trainer:
             self._drawn = time.monotonic()
 
     def _state(self) -> dict[str, Mapping[str, Tensor]]:
-        buffers = {n: b for n, b in self._plain.named_buffers() if n in self._plain.state_dict()}
+        stored = self._plain.state_dict().keys()
+        buffers = {name: buffer for name, buffer in self._plain.named_buffers() if name in stored}
         return {"weights": {**self._params, **buffers}, "average": self._ema.average}
 
     def save(self) -> Path:
@@ -420,10 +423,11 @@ class _Window:
 
 def make_accelerator(device: str = "auto") -> Accelerator:
     """accelerate's view of this process and the others, without mixed precision. InputError where it is missing."""
-    try:
-        from accelerate import Accelerator
-    except ImportError:
-        raise InputError("training needs accelerate; install what training needs: pip install '.[train]'") from None
+    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"training needs {' and '.join(missing)}; install what it needs: pip install '.[train]'")
+    from accelerate import Accelerator
+
     return Accelerator(mixed_precision="no", cpu=device == "cpu", step_scheduler_with_optimizer=False)
 
 

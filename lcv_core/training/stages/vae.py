@@ -4,7 +4,7 @@ A clip goes through in two pieces, frame 0 alone and the rest at once: every lay
 comes in groups of four (`WanVAE.encode`, `decode`), for a causal layer keeps of a group all that the next one needs.
 
 The network begins as a plain reduction: its first latents are the clip's colours averaged over 8x8 pixels and 4 frames,
-enlarged bilinearly; residual branches add nothing yet. That is 21 dB before the first step, and the rest is detail.
+enlarged bilinearly; residual branches add nothing yet. That shows a clip before the first step, and the rest is detail.
 """
 
 from __future__ import annotations
@@ -66,6 +66,10 @@ class Material:
             (self.height == 0) == (self.width == 0),
             f"data.material: give height and width, or neither for whole frames; got {self.height}x{self.width}",
         )
+        need(
+            self.height % SPACE_FACTOR == self.width % SPACE_FACTOR == 0,
+            f"data.material: height and width must be multiples of {SPACE_FACTOR}, got {self.height}x{self.width}",
+        )
         need(self.share > 0, f"data.material: share must be above 0, got {self.share:g}")
 
 
@@ -88,8 +92,6 @@ class DataSection:
         check_size(self.height, self.width)
         need(self.statistics >= 1, f"data.statistics must be at least 1, got {self.statistics}")
         for kind in self.material:
-            if kind.height:
-                check_size(kind.height, kind.width)
             height, width = self.size(kind)
             need(
                 kind.height <= height and kind.width <= width,
@@ -123,6 +125,12 @@ class ModelSection:
     """base_dim: width at full resolution; the file's size goes with its square (16: 3.6 million parameters)."""
 
     base_dim: int = 16
+
+    def __post_init__(self) -> None:
+        need(
+            self.base_dim >= 8 and self.base_dim % 2 == 0,
+            f"model.base_dim must be even and at least 8, got {self.base_dim}",
+        )
 
 
 @dataclass(frozen=True)
@@ -253,7 +261,7 @@ def initialise(vae: WanVAE, draws: torch.Generator) -> None:
     _identity(vae.quant_conv)
     _identity(vae.post_quant_conv)
     z_dim = vae.config.z_dim
-    vae.encoder.conv_out.get_parameter("weight")[3:z_dim] *= 4.0  # norms leave little of the mixtures beside CONSTANT
+    vae.encoder.conv_out.get_parameter("weight")[3:z_dim] *= 2.0  # norms leave little of the mixtures beside CONSTANT
     weight, bias = vae.quant_conv.get_parameter("weight"), vae.quant_conv.get_parameter("bias")
     weight[:z_dim] *= BRIGHT
     weight[z_dim:] *= 0.1

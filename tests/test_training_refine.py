@@ -353,5 +353,7 @@ def test_wrong_recipes(tiny_checkpoint: Path, cache: Path, changes: dict[str, An
 
 
 @pytest.mark.parametrize("name", ["mini/refine_dense", "mini/refine_sparse"])
-def test_shipped_recipes(name: str) -> None:
-    assert load_recipe(name).stage == "refine"
+def test_shipped_recipes(tiny_checkpoint: Path, name: str) -> None:
+    stage = build_stage(load_recipe(name, [f"model.checkpoint={tiny_checkpoint}", "model.adapter=null"]))
+    assert isinstance(stage, RefineStage)
+    assert [plan.latents for plan in stage._plans] == [12, 16, 12, 8]

@@ -1,7 +1,8 @@
 """Run a ComfyUI checkout in a clean interpreter: `python -S launch.py --site FOLDER ... MAIN.PY ARGUMENTS ...`.
 
 Under `-S` no `.pth` file is read, so packages of an editable install cannot be imported: the pack has to find its own,
-as after `git clone` into custom_nodes. `--install FOLDER` makes a folder importable, as an editable install does.
+as after `git clone` into custom_nodes. `--install FOLDER` makes a folder importable, as an editable install does;
+`--without NAME` makes a package unknown to imports, as where it is not installed.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import runpy
 import sys
 import threading
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 
 
 class TorchvisionOperators:
@@ -30,6 +32,18 @@ class TorchvisionOperators:
             sys.meta_path.remove(self)
             define_missing_operators()
         return None
+
+
+class NotInstalled(PathFinder):
+    """The finder of installed packages, blind to those of `names`."""
+
+    names: frozenset[str] = frozenset()
+
+    @classmethod
+    def find_spec(
+        cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return None if fullname.partition(".")[0] in cls.names else super().find_spec(fullname, path, target)
 
 
 def define_missing_operators() -> None:
@@ -60,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--site", action="append", default=[], help="folder of installed packages")
     parser.add_argument("--install", action="append", default=[], help="folder to make importable, after all others")
+    parser.add_argument("--without", action="append", default=[], help="package that is not to be found")
     parser.add_argument("main", type=Path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
@@ -68,6 +83,8 @@ def main() -> None:
     sys.path[0] = str(options.main.parent)
     sys.path += options.site + options.install
     sys.argv = [str(options.main), *options.arguments]
+    NotInstalled.names = frozenset(options.without)
+    sys.meta_path[sys.meta_path.index(PathFinder)] = NotInstalled
     sys.meta_path.insert(0, TorchvisionOperators())
     builtins.exit = sys.exit  # missing under -S
     os.chdir(options.main.parent)

@@ -107,15 +107,19 @@ class Options:
     """How a ComfyUI is started.
 
     packs: further node packs, linked into custom_nodes beside this one under their own names.
+    name: of this pack's folder in custom_nodes.
     link: link this repository (what a developer has) or copy it (what a user has, and where links are not allowed).
-    installed: lcv_core and lcv_bsa can be imported without the pack's help, as after `pip install`.
+    installed: folders whose packages can be imported without the pack's help, as after `pip install`.
+    without: packages that cannot be imported, as where they are not installed.
     arguments: for main.py, after ours.
     environment: variables on top of this process's.
     """
 
     packs: tuple[Path, ...] = ()
+    name: str = PACK
     link: bool = True
-    installed: bool = False
+    installed: tuple[Path, ...] = ()
+    without: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -210,7 +214,7 @@ def make_run_folder(run: Path, options: Options) -> Path:
     settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
     for other in options.packs:
         place(other, run / "custom_nodes" / other.name, link=options.link)
-    return place(REPOSITORY, run / "custom_nodes" / PACK, link=options.link)
+    return place(REPOSITORY, run / "custom_nodes" / options.name, link=options.link)
 
 
 def place(source: Path, target: Path, *, link: bool) -> Path:
@@ -229,12 +233,12 @@ def command(core: Core, run: Path, port: int, options: Options) -> Sequence[str]
     """The command line that starts `core`."""
     paths = {sysconfig.get_path("purelib"): None, sysconfig.get_path("platlib"): None}
     sites = [*map(str, core.sites), *paths]
-    installed = [REPOSITORY, REPOSITORY / "lcv_bsa" / "src"] if options.installed else []
     frontend = os.environ.get("COMFYUI_FRONTEND")
     return [
         *(sys.executable, "-S", str(Path(__file__).with_name("launch.py"))),
         *(part for site in sites for part in ("--site", site)),
-        *(part for folder in installed for part in ("--install", str(folder))),
+        *(part for folder in options.installed for part in ("--install", str(folder))),
+        *(part for name in options.without for part in ("--without", name)),
         *(str(core.folder / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(port)),
         *("--base-directory", str(run), "--database-url", f"sqlite:///{run / 'user' / 'comfyui.db'}"),
         *("--extra-model-paths-config", str(run / f"{EXTRA}.yaml")),

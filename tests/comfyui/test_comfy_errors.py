@@ -36,6 +36,8 @@ def files(comfy: Client) -> None:
         samples[0, 3, 2, 1, 0] = value
         put_latent(comfy, name, samples)
     put_lora(comfy, "any", pair())
+    for kind in ("loras", "diffusion_models", "longcat_video", "vae", "text_encoders"):
+        graphs.model_file(comfy, kind, "x/anything")  # a folder to go in by and out again
     put_latent(comfy, "audio", torch.zeros(1, 64, 100))
     put_latent(comfy, "wide", torch.zeros(1, 48, 3, 4, 6))
 

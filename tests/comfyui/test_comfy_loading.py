@@ -21,7 +21,7 @@ from lcv_core.weights.tensors import TensorSource
 
 from . import graphs, reference, wan
 from .api import ERROR, SUCCESS, Client, Json, Result
-from .graphs import COND_FRAMES, FRAMES, HEIGHT, NEGATIVE, PROMPT, SEED, STEPS, TINY, WIDTH, LongCat, Node
+from .graphs import COND_FRAMES, FRAMES, HEIGHT, NEGATIVE, PROMPT, SEED, STEPS, TINY, WIDTH, Link, LongCat, Node
 from .reference import assert_differs, assert_near, normalised, seeded
 from .server import EXTRA
 
@@ -183,6 +183,28 @@ def test_a_file_kept_in_fp8(comfy: Client, c: Components, transformer: State, dt
     node = graph.save(graph.sample(graph.latent()))
     assert_near(found, comfy.latents(comfy.run(graph.prompt), node), 1e-5)
     assert_differs(normalised(c, found), expected(c), 1e-2)
+
+
+def test_weights_that_come_layer_by_layer(comfy: Client, c: Components, transformer: State) -> None:
+    """Where memory is short; adapters, whose parts change rows of fused weights, are then applied on the way."""
+    source = graphs.tiny_checkpoint(comfy) / "lora" / "cfg_step_lora.safetensors"
+    shutil.copy(source, graphs.model_file(comfy, "loras", "a.safetensors"))
+    graph = LongCat()
+
+    def adapted(model: Link) -> Link:
+        return graph.add("LongCatVideoLoraLoader", model=model, lora_name="a.safetensors", strength=1.0)[0]
+
+    # Of files of their own: what was loaded whole would stay so.
+    first, second = (loaded(graph, put(comfy, f"short {i}.safetensors", transformer))[0] for i in (1, 2))
+    short = [graph.add("TestLittleMemory", model=model)[0] for model in (first, adapted(second))]
+    ids = [graph.save(graph.sample(graph.latent(), model=model)) for model in (*short, adapted(graph.model))]
+    before = len(comfy.server.log())
+    result = comfy.run(graph.prompt)
+    assert comfy.server.log()[before:].count("loaded partially") == 2
+    plain, streamed, whole = (comfy.latents(result, node) for node in ids)
+    assert_near(normalised(c, plain), expected(c))
+    assert_near(streamed, whole)
+    assert_differs(whole, plain)
 
 
 # places and names

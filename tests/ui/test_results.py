@@ -77,7 +77,7 @@ def video(comfy: Client, outputs: dict[str, Json], folder: Path) -> tuple[bytes,
     content = comfy.view(file)
     path = folder / file["filename"]
     path.write_bytes(content)
-    return content, read_video(path).frames
+    return content, read_video(path)
 
 
 def pictures(comfy: Client, outputs: dict[str, Json]) -> tuple[bytes, Tensor]:

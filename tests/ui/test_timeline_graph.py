@@ -76,6 +76,9 @@ def test_an_edited_workflow_comes_back(timeline: Timeline) -> None:
 def test_a_new_node_keeps_its_seed(timeline: Timeline) -> None:
     page = timeline.page
     assert timeline.get("control_after_generate") == "fixed"
+    for kind, control in (("LongCatVideoRefine", "fixed"), ("KSampler", "randomize")):
+        other = Timeline(page, add_node(page, kind=kind, at=(-500, 100)))
+        assert other.get("control_after_generate") == control
     timeline.set(control_after_generate="randomize")  # what a user chooses stays
     load_workflow(page, saved_workflow(page))
     assert timeline.get("control_after_generate") == "randomize"

@@ -1,13 +1,14 @@
 """Draw the shipped workflows in ComfyUI's real front end: `make workflows`.
 
-Writes NAME.json (what the front end saves), api/NAME.json (what it would queue) and a picture of each graph. Needs what
-tests/ui needs: a ComfyUI and a Chromium.
+`python workflows/source/build.py [--frames] [NAME ...]` writes NAME.json (what the front end saves), api/NAME.json
+(what it would queue) and NAME.jpg, a picture of the graph. With `--frames` each workflow is also run, and frames of its
+video lie over the graph; one that names models to download keeps the graph alone. Needs what tests/ui needs: a ComfyUI
+and a Chromium.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import sys
 import tempfile
@@ -21,13 +22,17 @@ sys.path[:0] = [str(ROOT)]
 from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+from lcv_core.video_io import read_video  # noqa: E402
+from tests.comfyui.api import Client  # noqa: E402
 from tests.comfyui.server import ComfyServer, Options, find_core  # noqa: E402
 from tests.ui.browser import open_page, screenshot_of_graph  # noqa: E402
 from workflows.source.graphs import WORKFLOWS, Workflow  # noqa: E402
+from workflows.source.thumbnails import frames_card, graph_card  # noqa: E402
 
 OUT = ROOT / "workflows"
 DRAW = Path(__file__).with_name("draw.js").read_text(encoding="utf-8")
-THUMBNAIL = (640, 360)
+FRAMES = 3
+RUN_SECONDS = 3600
 
 
 def draw(page: Any, workflow: Workflow) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -45,13 +50,14 @@ def write(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def thumbnail(picture: bytes, path: Path) -> None:
-    """The graph's picture, fitted into the size of a template's card."""
-    image = Image.open(io.BytesIO(picture)).convert("RGB")
-    image.thumbnail(THUMBNAIL)
-    card = Image.new("RGB", THUMBNAIL, (24, 24, 27))
-    card.paste(image, ((THUMBNAIL[0] - image.width) // 2, (THUMBNAIL[1] - image.height) // 2))
-    card.save(path, quality=88)
+def frames_of(client: Client, prompt: dict[str, Any]) -> list[Image.Image]:
+    """Run the workflow: frames of the video that it saves, from the first to the last at equal distances."""
+    (saved,) = (key for key, node in prompt.items() if node["class_type"] == "SaveVideo")
+    result = client.run(prompt, timeout=RUN_SECONDS)
+    (file,) = result.outputs[saved]["images"]
+    video = read_video(client.server.run / file["type"] / file["subfolder"] / file["filename"])
+    chosen = (round(index * (len(video) - 1) / (FRAMES - 1)) for index in range(FRAMES))
+    return [Image.fromarray(video[index].numpy()) for index in chosen]
 
 
 def place_models(run: Path, workflow: Workflow) -> None:
@@ -63,10 +69,14 @@ def place_models(run: Path, workflow: Workflow) -> None:
 
 
 def main() -> None:
+    options = {argument for argument in sys.argv[1:] if argument.startswith("-")}
+    names = set(sys.argv[1:]) - options or {make.__name__ for make in WORKFLOWS}
+    if options - {"--frames"} or names - {make.__name__ for make in WORKFLOWS}:
+        raise SystemExit(__doc__)
     core = find_core()
     if core is None:
         raise SystemExit("no ComfyUI: run `make .comfyui/installed`, or set COMFYUI_DIR")
-    chosen = [make() for make in WORKFLOWS if not sys.argv[1:] or make.__name__ in sys.argv[1:]]
+    chosen = [make() for make in WORKFLOWS if make.__name__ in names]
     with tempfile.TemporaryDirectory() as folder:
         for workflow in chosen:
             place_models(Path(folder), workflow)
@@ -77,7 +87,10 @@ def main() -> None:
                     saved, prompt = draw(page, workflow)
                     write(OUT / f"{workflow.name}.json", saved)
                     write(OUT / "api" / f"{workflow.name}.json", prompt)
-                    thumbnail(screenshot_of_graph(page), OUT / f"{workflow.name}.jpg")
+                    graph = screenshot_of_graph(page)
+                    runs = bool(options) and not any(node.models for node in workflow.nodes)
+                    card = frames_card(graph, frames_of(Client(server), prompt)) if runs else graph_card(graph)
+                    card.save(OUT / f"{workflow.name}.jpg", quality=88)
         finally:
             server.stop()
 

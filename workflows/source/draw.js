@@ -1,6 +1,8 @@
 // Draws a workflow in ComfyUI's front end and returns { workflow, prompt } as JSON. Runs inside its page; `spec` is a
 // Workflow of graphs.py as plain data.
 async (spec) => {
+  // Of groups: around their nodes, and above them for the titles of both.
+  const [MARGIN, TITLES] = [20, 60];
   const app = window.app ?? window.comfyAPI.app.app;
   const LiteGraph = window.LiteGraph;
   app.graph.clear();
@@ -35,9 +37,15 @@ async (spec) => {
     }
   }
   for (const group of spec.groups) {
+    const members = group.nodes.map((key) => made[key]);
+    const sides = [0, 1].map((axis) => [
+      Math.min(...members.map(({ pos }) => pos[axis])),
+      Math.max(...members.map(({ pos, size }) => pos[axis] + size[axis])),
+    ]);
+    const [[left, right], [top, bottom]] = sides;
     const drawn = new LiteGraph.LGraphGroup(group.title);
-    drawn.pos = [...group.at];
-    drawn.size = [...group.size];
+    drawn.pos = [left - MARGIN, top - TITLES];
+    drawn.size = [right - left + 2 * MARGIN, bottom - top + TITLES + MARGIN];
     drawn.color = group.colour;
     app.graph.add(drawn);
   }

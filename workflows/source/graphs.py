@@ -37,9 +37,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Group:
+    """A frame around nodes, given by their keys."""
+
     title: str
-    at: tuple[int, int]
-    size: tuple[int, int]
+    nodes: tuple[str, ...]
     colour: str = BLUE
 
 
@@ -111,25 +112,28 @@ def save(at: tuple[int, int], images: Link, prefix: str, fps: float | Link = 15.
     return create, Node("save", "SaveVideo", place, (COLUMN, 360), settings, {"video": ("video", 0)})
 
 
-MODEL = Group("1  Model", (x(0) - 20, TOP - 60), (COLUMN + 40, 290), BLUE)
+MODEL = Group("1  Model", ("loader",), BLUE)
 
 
-def make(column: int, title: str = "3  Make", height: int = 640) -> Group:
-    return Group(title, (x(column) - 20, TOP - 60), (COLUMN + 40, height), PURPLE)
+def make(*nodes: str, title: str = "3  Make") -> Group:
+    return Group(title, nodes, PURPLE)
 
 
-def result(column: int, title: str = "4  Result", height: int = 660) -> Group:
-    return Group(title, (x(column) - 20, TOP - 60), (COLUMN + 40, height), GOLD)
+def result(*nodes: str, title: str = "4  Result") -> Group:
+    return Group(title, (*nodes, "video", "save"), GOLD)
 
 
-def words(title: str = "2  Prompt", height: int = 250) -> Group:
-    return Group(title, (x(1) - 20, TOP - 60), (COLUMN + 40, height), GREEN)
+def words(*nodes: str, title: str = "2  Prompts") -> Group:
+    return Group(title, nodes, GREEN)
 
 
-def note(name: str, *more: str, y: int = 410, height: int = 330) -> Note:
+PROMPT = words("positive", title="2  Prompt")
+
+
+def note(name: str, *more: str, y: int = 410) -> Note:
     """What notes/NAME.md says, and those of `more`; below the loader."""
     texts = [(NOTES / f"{one}.md").read_text(encoding="utf-8").strip() for one in (name, *more)]
-    return (x(0), y), (COLUMN, height), "\n\n".join(texts)
+    return (x(0), y), (COLUMN, 260), "\n\n".join(texts)
 
 
 def first_run() -> Workflow:
@@ -139,7 +143,7 @@ def first_run() -> Workflow:
             loader(), prompt(), latent((x(2), TOP)), sampler((x(2), TOP + 310), "distilled"),
             decode((x(3), TOP)), *save((x(3), TOP + 110), ("decode", 0), "first_run"),
         ),
-        (MODEL, words(), make(2), result(3, height=740)),
+        (MODEL, PROMPT, make("latent", "sampler"), result("decode")),
         note("first_run", "full_model"),
     )  # fmt: skip
 
@@ -152,7 +156,7 @@ def text_to_video() -> Workflow:
             sampler((x(2), TOP + 310), "base", negative=("negative", 0)),
             decode((x(3), TOP)), *save((x(3), TOP + 110), ("decode", 0), "text_to_video"),
         ),
-        (MODEL, words("2  Prompts", 470), make(2), result(3, height=740)),
+        (MODEL, words("positive", "negative"), make("latent", "sampler"), result("decode")),
         note("text_to_video", "full_model"),
     )  # fmt: skip
 
@@ -180,10 +184,11 @@ def image_to_video() -> Workflow:
             decode((x(4), TOP)), *save((x(4), TOP + 110), ("decode", 0), "image_to_video"),
         ),
         (
-            MODEL, words("2  Prompts", 690), Group("3  A picture", (x(2) - 20, TOP - 60), (COLUMN + 40, 1190), BLUE),
-            make(3, "4  Move it"), result(4, "5  Result", 740),
+            MODEL, words("positive", "negative", "motion"),
+            Group("3  A picture", ("still", "paint", "picture", "load"), BLUE),
+            make("latent", "sampler", title="4  Move it"), result("decode", title="5  Result"),
         ),
-        note("image_to_video", "full_model", height=380),
+        note("image_to_video", "full_model"),
     )  # fmt: skip
 
 
@@ -211,41 +216,39 @@ def continuation() -> Workflow:
             go_on, *save((x(4), TOP), ("continue", 0), "continuation"),
         ),
         (
-            MODEL, words("2  Prompts", 690), Group("3  A video", (x(2) - 20, TOP - 60), (COLUMN + 40, 1040), BLUE),
-            make(3, "4  Go on", 510), result(4, "5  Result", 620),
+            MODEL, words("positive", "next", "negative"),
+            Group("3  A video", ("latent", "sampler", "decode", "load", "parts"), BLUE),
+            make("continue", title="4  Go on"), result(title="5  Result"),
         ),
-        note("continuation", "full_model", height=400),
+        note("continuation", "full_model"),
     )  # fmt: skip
 
 
-def long_node(prompts: str, segments: int, schedule: str = "distilled", height: int = 660) -> Node:
+def long_node(prompts: str, segments: int, height: int) -> Node:
     return Node(
         "long", "LongCatVideoLong", (x(1), TOP), (COLUMN + 120, height),
         {
             "prompts": prompts, "negative_prompt": NEGATIVE, "num_segments": segments, "width": 0, "height": 0,
             "num_frames": 0, "num_cond_frames": 0, "frame_rate": 15.0, "seed": 1, "control_after_generate": "fixed",
-            "schedule": schedule, "num_steps": 0, "guidance_scale": 0, "handover": "frames", "fit": "crop",
+            "schedule": "distilled", "num_steps": 0, "guidance_scale": 0, "handover": "frames", "fit": "crop",
             "vae_tile": 0,
         },
         {"model": ("loader", 0), "vae": ("loader", 2), "clip": ("loader", 1)},
     )  # fmt: skip
 
 
-def _long(name: str, prompts: str, segments: int) -> Workflow:
+def _long(name: str, prompts: str, segments: int, height: int) -> Workflow:
     right = x(2) + 120
     return Workflow(
         name,
-        (loader(), long_node(prompts, segments, height=900), *save((right, TOP), ("long", 0), name, ("long", 1))),
-        (
-            MODEL, Group("2  Segments", (x(1) - 20, TOP - 60), (COLUMN + 160, 990), PURPLE),
-            Group("3  Result", (right - 20, TOP - 60), (COLUMN + 40, 620), GOLD),
-        ),
-        note(name, "full_model", height=420),
+        (loader(), long_node(prompts, segments, height), *save((right, TOP), ("long", 0), name, ("long", 1))),
+        (MODEL, make("long", title="2  Segments"), result(title="3  Result")),
+        note(name, "full_model"),
     )  # fmt: skip
 
 
 def long_video() -> Workflow:
-    return _long("long_video", "a large red ball moves left on a black background", 3)
+    return _long("long_video", BALL, 3, 690)
 
 
 def interactive() -> Workflow:
@@ -253,8 +256,8 @@ def interactive() -> Workflow:
         "interactive",
         "a small green star stays still on a grey background\nthe small green star spins on a grey background\n"
         "the small green star moves up on a grey background",
-        0,
-    )
+        0, 790,
+    )  # fmt: skip
 
 
 def refine_720p() -> Workflow:
@@ -273,8 +276,11 @@ def refine_720p() -> Workflow:
             loader(), prompt(), latent((x(2), TOP)), sampler((x(2), TOP + 310), "distilled"),
             decode((x(2), TOP + 620)), refine, *save((x(4), TOP), ("refine", 0), "refine_720p", ("refine", 1)),
         ),
-        (MODEL, words(), make(2, "3  480p, 15 fps", 780), make(3, "4  720p, 30 fps", 570), result(4, "5  Result", 620)),
-        note("refine_720p", "full_model", height=380),
+        (
+            MODEL, PROMPT, make("latent", "sampler", "decode", title="3  480p, 15 fps"),
+            make("refine", title="4  720p, 30 fps"), result(title="5  Result"),
+        ),
+        note("refine_720p", "full_model"),
     )  # fmt: skip
 
 
@@ -290,14 +296,14 @@ def distilled() -> Workflow:
             loader(), prompt(), latent((x(2), TOP)), sigmas, custom,
             decode((x(3), TOP)), *save((x(3), TOP + 110), ("decode", 0), "distilled"),
         ),
-        (MODEL, words(), make(2, height=830), result(3, height=740)),
+        (MODEL, PROMPT, make("latent", "sigmas", "sampler"), result("decode")),
         note("distilled", "full_model"),
     )  # fmt: skip
 
 
 def low_vram() -> Workflow:
     plan = Node(
-        "plan", "LongCatVideoPlan", (x(0), TOP + 760), (COLUMN, 330),
+        "plan", "LongCatVideoPlan", (x(0), TOP + 660), (COLUMN, 330),
         {"width": 0, "height": 0, "num_frames": 0, "num_cond_frames": 0, "batch_size": 1, "sparsity": 0.0},
         {"model": ("loader", 0)},
     )  # fmt: skip
@@ -312,8 +318,9 @@ def low_vram() -> Workflow:
             loader("fp8_e4m3fn"), prompt(), latent((x(2), TOP)), sampler((x(2), TOP + 310), "distilled"), tiled,
             *save((x(3), TOP + 210), ("decode", 0), "low_vram"), plan,
         ),
-        (MODEL, words(), make(2), result(3, height=840),
-         Group("What it needs", (x(0) - 20, TOP + 700), (COLUMN + 40, 410), GOLD)),
+        (
+            MODEL, PROMPT, make("latent", "sampler"), result("decode"), Group("What it needs", ("plan",), GOLD),
+        ),
         note("low_vram", "full_model"),
     )  # fmt: skip
 
@@ -374,10 +381,10 @@ def sparse_attention_wan() -> Workflow:
             *save((x(3), TOP + 110), ("decode", 0), "sparse_attention_wan", 16.0),
         ),
         (
-            Group("1  Wan 2.1", (x(0) - 20, TOP - 60), (COLUMN + 40, 550), BLUE), words("2  Prompts", 470),
-            make(2, "3  Make, sparsely", 700), result(3, height=740),
+            Group("1  Wan 2.1", ("model", "clip", "vae", "shift"), BLUE), words("positive", "negative"),
+            make("latent", "sparse", "sampler", title="3  Make, sparsely"), result("decode"),
         ),
-        note("sparse_attention_wan", y=640, height=340),
+        note("sparse_attention_wan", y=640),
     )  # fmt: skip
 
 

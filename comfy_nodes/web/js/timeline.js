@@ -94,6 +94,7 @@ class Timeline {
     const widget = node.addDOMWidget("lcv_timeline", "lcv_timeline", view.root, {
       serialize: false,
       getMinHeight: () => view.height + 2 * MARGIN,
+      getMaxHeight: () => view.fullHeight + 2 * MARGIN,
       // The socket of the hidden text widget belongs beside the cards.
       onDraw: () => hiddenHere.has(text) && (text.y = widget.y),
     });

@@ -75,7 +75,9 @@ export class TimelineView {
   constructor(actions, words) {
     this.actions = actions;
     this.words = words;
+    /** What it needs, and what it can use to show all cards; pixels. */
     this.height = MIN_HEIGHT;
+    this.fullHeight = MIN_HEIGHT;
     this.strip = element("div", { class: "lcv-strip", "aria-hidden": "true" });
     this.toggle = button("text", actions.toggle);
     this.list = element("ol", { class: "lcv-list", role: "list" });
@@ -276,16 +278,17 @@ export class TimelineView {
     return count === 1 ? this.words("one") : this.words("many", { count });
   }
 
-  /** The node grows with its cards up to a limit; from there on they scroll. */
+  /** The node grows with its cards up to a limit; from there on they scroll, or take the room that the user gives. */
   #measure() {
     if (!this.mode || (this.mode === "cards" && !this.list.offsetHeight)) return;
-    const cards = Math.max(MIN_HEIGHT, Math.min(this.list.offsetHeight + FRAME_HEIGHT, MAX_GROWN_HEIGHT));
+    const all = Math.max(MIN_HEIGHT, this.list.offsetHeight + FRAME_HEIGHT);
     const player = this.player.hidden ? 0 : this.player.offsetHeight;
-    const rows = { cards, text: ROW_HEIGHT, linked: 0 }[this.mode];
-    const height = rows + player + (rows && player ? GAP : 0);
-    if (height === this.height) return;
-    this.height = height;
-    this.root.style.minHeight = `${height}px`;
+    const rows = { cards: Math.min(all, MAX_GROWN_HEIGHT), text: ROW_HEIGHT, linked: 0 }[this.mode];
+    const below = player + (rows && player ? GAP : 0);
+    if (rows + below === this.height && all + below === this.fullHeight) return;
+    this.height = rows + below;
+    this.fullHeight = all + below;
+    this.root.style.minHeight = `${this.height}px`;
     this.actions.resized();
   }
 

@@ -67,10 +67,31 @@ class Value:
         return (value,)
 
 
+class LittleMemory:
+    """A MODEL for which no memory is free: its weights stay where they are and come layer by layer. That is what
+    --lowvram does on a card, and ComfyUI refuses that option beside --cpu."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}}
+
+    def run(self, model: Any) -> tuple[Any]:
+        clone = model.clone()
+        load = clone.partially_load
+        clone.partially_load = lambda device, extra_memory=0, force_patch_weights=False: load(
+            device, 1, force_patch_weights
+        )
+        return (clone,)
+
+
 @PromptServer.instance.routes.get("/tests/modules")
 async def modules(_: web.Request) -> web.Response:
-    """The names of all modules that are loaded."""
-    return web.json_response(sorted(sys.modules))
+    """Names and files of all modules that are loaded."""
+    return web.json_response({name: getattr(module, "__file__", None) for name, module in sys.modules.items()})
 
 
-NODE_CLASS_MAPPINGS = {"TestTextEncoder": TextEncoder, "TestValue": Value}
+NODE_CLASS_MAPPINGS = {"TestTextEncoder": TextEncoder, "TestValue": Value, "TestLittleMemory": LittleMemory}

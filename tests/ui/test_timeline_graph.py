@@ -16,7 +16,7 @@ from .browser import (
     load_workflow,
     saved_workflow,
 )
-from .timeline import THREE, Timeline, add_node, show
+from .timeline import OPEN, THREE, TO_SUBGRAPH, Timeline, add_node, show
 
 Json = Any
 OURS = "**/js/timeline.js"
@@ -203,17 +203,6 @@ def test_the_view_is_a_property(timeline: Timeline) -> None:
     expect(timeline.cards.nth(0)).to_be_hidden()
     page.evaluate("(id) => app.canvas.graph.getNodeById(id).setProperty('Prompts view', 'cards')", int(timeline.node))
     expect(timeline.cards.nth(0)).to_be_visible()
-
-
-TO_SUBGRAPH = """(ids) => {
-  const { graph } = app.canvas;
-  const { node } = graph.convertToSubgraph(new Set(ids.map((id) => graph.getNodeById(id))));
-  return String(node.id);
-}"""
-OPEN = """(id) => {
-  const node = app.canvas.graph.getNodeById(id);
-  app.canvas.openSubgraph(node.subgraph, node);
-}"""
 
 
 def test_inside_a_subgraph(timeline: Timeline) -> None:

@@ -35,6 +35,16 @@ SET = f"([id, name, value]) => {{ ({NODE_JS})(id).widgets.find((one) => one.name
 # Newer front ends call a linked widget hidden, too, and draw its name and socket.
 WIDGETS = f"""(id) => ({NODE_JS})(id).widgets.map(({{ name, y, hidden, visibility }}) =>
   ({{ name, y, hidden: visibility?.suppression.byExtension ?? Boolean(hidden) }}))"""
+# These nodes become one; returns its id. And: show what is in it.
+TO_SUBGRAPH = """(ids) => {
+  const { graph } = app.canvas;
+  const { node } = graph.convertToSubgraph(new Set(ids.map((id) => graph.getNodeById(id))));
+  return String(node.id);
+}"""
+OPEN = """(id) => {
+  const node = app.canvas.graph.getNodeById(id);
+  app.canvas.openSubgraph(node.subgraph, node);
+}"""
 CARET = """() => {
   const { activeElement: text } = document;
   const card = [...document.querySelectorAll(".lcv-timeline textarea")].indexOf(text);

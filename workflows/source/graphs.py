@@ -133,7 +133,7 @@ PROMPT = words("positive", title="2  Prompt")
 def note(name: str, *more: str, y: int = 410) -> Note:
     """What notes/NAME.md says, and those of `more`; below the loader."""
     texts = [(NOTES / f"{one}.md").read_text(encoding="utf-8").strip() for one in (name, *more)]
-    return (x(0), y), (COLUMN, 260), "\n\n".join(texts)
+    return (x(0), y), (COLUMN, 300), "\n\n".join(texts)
 
 
 def first_run() -> Workflow:
@@ -303,7 +303,7 @@ def distilled() -> Workflow:
 
 def low_vram() -> Workflow:
     plan = Node(
-        "plan", "LongCatVideoPlan", (x(0), TOP + 660), (COLUMN, 330),
+        "plan", "LongCatVideoPlan", (x(0), TOP + 700), (COLUMN, 330),
         {"width": 0, "height": 0, "num_frames": 0, "num_cond_frames": 0, "batch_size": 1, "sparsity": 0.0},
         {"model": ("loader", 0)},
     )  # fmt: skip

@@ -109,8 +109,9 @@ class DistillStage(LoRAStage):
         shift, drawn = self._shift(phase), spread_uniform(self._offset(place.step), place.indices)
         if distillation.method == "guidance":
             return batch | {"t": shift_sigmas(drawn, shift)}
-        index = ((1 - drawn) * DISTILL_GRID).long().clamp(max=DISTILL_GRID - 1)
-        return batch | {"index": index, "t": levels(distillation.num_steps, shift).level[index]}
+        grid = levels(distillation.num_steps, shift)
+        index = grid.index(drawn)
+        return batch | {"index": index, "t": grid.level[index]}
 
     def _offset(self, step: int) -> float:
         return torch.rand(1, generator=generator(self.recipe.seed, "t", step), dtype=torch.float64).item()

@@ -67,6 +67,8 @@ CORES_OWN = tuple(
             r"404.*/api/jobs\?",  # newer than the oldest cores that this front end is used with
             r"(^\[Jobs API\]|^Failed to fetch queue:).*Failed to fetch jobs: 404",
             r"^ComfyApp graph accessed before initialization",
+            # 1.32, which sets one of its settings before it knows it.
+            r"^TypeError: Cannot read properties of undefined \(reading 'id'\)\s+at onChange \S+\s+at Proxy\.set",
             r"^Attempted to cleanup event listeners for graph that was never set up",  # 1.27, when a subgraph is made
             # A stock loader of an empty input folder asks for the preview of nothing.
             r"404.*/api/view\?type=input&filename=(null|undefined)&",
@@ -168,7 +170,7 @@ def _new_page(browser: Browser, url: str, instead: dict[str, str], scale: float 
         page.route(pattern, lambda route, _, body=script: route.fulfill(content_type="text/javascript", body=body))
     errors = _errors[page] = []
     page.on("console", lambda message: _note(url, message, errors))
-    page.on("pageerror", lambda error: errors.append(error.stack or str(error)))
+    page.on("pageerror", lambda error: _add(error.stack or str(error), errors))
     try:
         page.goto(url)
         page.wait_for_function("() => graphTools.ready()", timeout=START_MS)
@@ -199,8 +201,13 @@ def _note(url: str, message: ConsoleMessage, errors: list[str]) -> None:
     # What was blocked by _only_to is reported with the address that was asked for.
     outside = message.text.startswith("Failed to load resource: net::") and not place.startswith(url)
     text = f"{message.text} {place}".strip()
-    if message.type == "error" and not outside and not any(pattern.search(text) for pattern in CORES_OWN):
-        errors.append(text)
+    if message.type == "error" and not outside:
+        _add(text, errors)
+
+
+def _add(error: str, errors: list[str]) -> None:
+    if not any(pattern.search(error) for pattern in CORES_OWN):
+        errors.append(error)
 
 
 def console_errors(page: Page) -> list[str]:

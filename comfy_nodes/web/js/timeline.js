@@ -18,8 +18,8 @@ const GO_ON = [NODE, "LongCatVideoRefine"];
 const PROPERTY = "Prompts view";
 const MARGIN = 10;
 const WATCH_MS = 200;
-// From this version on, nodes drawn by Vue show the elements that extensions add.
-const VUE_NODES_SHOW_ELEMENTS = [1, 30];
+// From this version on, nodes drawn by Vue show the elements that extensions add, and hide and show them when told to.
+const VUE_NODES_SHOW_ELEMENTS = [1, 37];
 
 /** @type {WeakMap<object, Timeline>} by node */
 const timelines = new WeakMap();

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from lcv_bsa.backends import rows
-from live_bytes import LiveBytes
 from tiny_models import DIT, VAE, make_dit, randn, seeded
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from lcv_core.denoise import Guidance, denoise
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.dit.rope import rope_table
 from lcv_core.errors import InputError
+from lcv_core.live_bytes import LiveBytes
 from lcv_core.planning import Job, Plan, Refine, Sampling, Stage, advice, kv_cache_bytes, make_plan, size_text, verdict
 from lcv_core.planning.text import text_bytes, text_parameters
 from lcv_core.planning.transformer import AdapterName, adapter_bytes, dit_parameters, forward_bytes

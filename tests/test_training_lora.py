@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 from lcv_core.config import DiTConfig
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.errors import InputError
+from lcv_core.live_bytes import LiveBytes
 from lcv_core.training.adapters import AdaptedDiT
 from lcv_core.training.events import Event
 from lcv_core.training.memory import step_bytes, whole_step_bytes

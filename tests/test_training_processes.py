@@ -26,7 +26,7 @@ pytestmark = [
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("processes")
     mp.start_processes(main, args=(str(folder),), nprocs=NUM_PROCESSES, start_method="spawn")
-    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(NUM_PROCESSES)]
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(NUM_PROCESSES)]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_only_one_process_writes_and_the_model_comes_out_whole(
 ) -> None:
     out = runs[0] / kind
     assert [row["step"] for row in read_metrics(out / "metrics.csv")] == [4, 5, 8, 12]
-    exported = torch.load(out / "model/toy.pt")
+    exported = torch.load(out / "model/toy.pt", weights_only=True)
     for name, value in exported.items():
         assert torch.allclose(value, alone[f"average of {name}"], atol=1e-6), name
 

@@ -85,7 +85,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     suffixes = {file.suffix for file in folder.iterdir()}
     assert suffixes == {".json", ".safetensors"}
     assert set(load_file(folder / "weights-00001.safetensors")) == set(trainer._params)
-    exported = torch.load(tmp_path / "model/toy.pt")
+    exported = torch.load(tmp_path / "model/toy.pt", weights_only=True)
     for name, value in trainer._ema.average.items():  # the average comes out, not the last weights
         assert torch.equal(exported[name], value) and not torch.equal(value, trainer._params[name])
     for kind, count in {"step": 8, "metrics": 2, "saved": 3, "samples": 2, "exported": 1}.items():

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, UntypedStorage
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lcv_core.config import DiTConfig
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.dit.rope import rope_table
+from lcv_core.live_bytes import LiveBytes
 from lcv_core.shapes import token_grid
 from lcv_core.training.adapters import AdaptedDiT
 from lcv_core.training.optimizers import repeated_blocks, trained
@@ -156,35 +154,3 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         saved = ctx.saved_tensors
         return torch.empty_like(saved[0]), torch.empty_like(saved[1]), torch.empty_like(saved[2])
-
-
-class LiveBytes(TorchDispatchMode):
-    """`peak`: the most bytes alive at once of the storages that operators made inside the block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: dict[int, weakref.ref[UntypedStorage]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(storage) for storage in _storages((args, kwargs))}
-        out = func(*args, **(kwargs or {}))
-        for storage in _storages(out):
-            if id(storage) not in given and id(storage) not in self._known:
-                self._add(storage)
-        return out
-
-    def _add(self, storage: UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-
-        def gone(_: object) -> None:
-            self.now -= size
-            del self._known[key]
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-def _storages(tree: Any) -> list[UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

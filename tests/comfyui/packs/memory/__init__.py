@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import comfy.samplers  # pyright: ignore[reportMissingImports]
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parents[3]))
-
-from live_bytes import LiveBytes
 
 
 class Watched:
@@ -29,6 +23,8 @@ class Watched:
         return {"required": {name: (kind,) for name, kind in kinds.items()}}
 
     def run(self, model: Any, positive: Any, negative: Any, latent: dict[str, Any]) -> dict[str, Any]:
+        from lcv_core.live_bytes import LiveBytes  # our pack has made it importable by now
+
         inner, asked = model.model, []
         estimate = inner.memory_required
 

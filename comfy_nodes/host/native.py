@@ -26,7 +26,7 @@ from lcv_core.text.encoder import fit_text
 from lcv_core.weights.assemble import load_strictly
 from lcv_core.weights.checkpoint import Checkpoint
 
-from .network import BSA_OPTION, WEIGHTS_OPTION, NativeDiT, hold_cache
+from .network import BSA_OPTION, CACHE_OPTION, WEIGHTS_OPTION, NativeDiT, hold_cache
 
 WEIGHT_DTYPES = ("default", "bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
 _STORED = {
@@ -62,6 +62,7 @@ class LongCatVideo(comfy.model_base.BaseModel):
         self.num_cond_latents = 0
         self.conditions_differ = False  # among the samples of a batch
         self.bsa: BSAConfig | None = None
+        self.cached = True  # condition frames are
 
     def memory_required(self, input_shape: Sequence[int], *args: Any, **kwargs: Any) -> float:
         """Bytes that sampling latents [B, C, T, h, w] takes besides the weights, the KV cache of the run counted.
@@ -73,7 +74,7 @@ class LongCatVideo(comfy.model_base.BaseModel):
         network, (B, _, T, h, w) = self.diffusion_model, input_shape
         run = Sampling(
             (T, h, w), batch=B, num_cond_latents=min(self.num_cond_latents, T - 1),
-            conditions=B if self.conditions_differ else 1, itemsize=network.compute_dtype.itemsize,
+            cached=self.cached, conditions=B if self.conditions_differ else 1, itemsize=network.compute_dtype.itemsize,
             bsa=self.bsa, weight_copies=WEIGHT_COPIES, device=planned_device(),
         )  # fmt: skip
         need = run.activations(network.config) * _LOST + run.kv_cache(network.config)
@@ -140,11 +141,12 @@ def know_conditions(
         model.num_cond_latents = n_c = leading_zeros(mask, noise.shape[2])
         cond = latent_image[:, :, :n_c]
         model.conditions_differ = not torch.equal(cond, cond[:1].expand_as(cond))
-    model.bsa = executor.class_obj.model_options.get("transformer_options", {}).get(BSA_OPTION)
+    options = executor.class_obj.model_options.get("transformer_options", {})
+    model.bsa, model.cached = options.get(BSA_OPTION), options.get(CACHE_OPTION, True)
     try:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
     finally:
-        model.num_cond_latents, model.conditions_differ, model.bsa = 0, False, None
+        model.num_cond_latents, model.conditions_differ, model.bsa, model.cached = 0, False, None, True
 
 
 def leading_zeros(mask: Tensor | None, frames: int) -> int:

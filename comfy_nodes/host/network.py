@@ -21,6 +21,7 @@ from .cache import ConditionCache
 log = logging.getLogger("lcv_core")
 
 BSA_OPTION = "lcv_bsa"  # transformer_options: a BSAConfig, or None for dense
+CACHE_OPTION = "lcv_cache"  # transformer_options: False computes condition frames in every step; absent is True
 WEIGHTS_OPTION = "lcv_weights"  # transformer_options: what tells one set of patched weights from another
 
 
@@ -62,7 +63,7 @@ class NativeDiT(LongCatDiT):
         n_c, bsa = num_cond_latents, transformer_options.get(BSA_OPTION)
         self.set_attention(partial(_attend, transformer_options))
         run = partial(LongCatDiT.forward, self, text=context, text_mask=attention_mask, num_cond_latents=n_c, bsa=bsa)
-        if n_c == 0 or self.cache is None:
+        if n_c == 0 or self.cache is None or not transformer_options.get(CACHE_OPTION, True):
             velocity = run(x, timestep)
         else:
             key = (transformer_options.get(WEIGHTS_OPTION), bsa)

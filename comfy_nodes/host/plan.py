@@ -88,7 +88,7 @@ def _kept(model: Any) -> Job:
 def _refine(native: Native, height: int, width: int) -> Refine:
     """As the Refine node does it when it is told nothing."""
     size = refined_size(native, height, width)
-    return Refine(*size, window=native.num_frames, overlap=native.num_cond_frames, kv_cache=True)
+    return Refine(*size, window=native.num_frames, overlap=native.num_cond_frames)
 
 
 def _longer(job: Job) -> Job:

@@ -22,7 +22,7 @@ from lcv_core.guidance import cfg_zero
 from lcv_core.text.encoder import TextStates
 
 from .native import require_longcat
-from .network import BSA_OPTION
+from .network import BSA_OPTION, CACHE_OPTION
 from .text import Conditioning, conditioning_of
 
 log = logging.getLogger("lcv_core")
@@ -78,6 +78,13 @@ def with_bsa(model: Any, bsa: BSAConfig | None) -> Any:
         tell_of_triton(model.load_device)
     clone = model.clone()
     clone.model_options.setdefault("transformer_options", {})[BSA_OPTION] = bsa
+    return clone
+
+
+def without_cache(model: Any) -> Any:
+    """A clone of a LongCat-Video MODEL that computes condition frames in every step and takes no memory for them."""
+    clone = model.clone()
+    clone.model_options.setdefault("transformer_options", {})[CACHE_OPTION] = False
     return clone
 
 
@@ -160,6 +167,7 @@ def denoise_in_host(
     text: TextStates,
     guidance: Guidance | None = None,
     num_cond_latents: int = 0,
+    use_kv_cache: bool = True,
     bsa: BSAConfig | None = None,
     on_step: OnStep | None = None,
     progress: Progress | None = None,
@@ -175,6 +183,8 @@ def denoise_in_host(
         negative = conditioning_of(guidance.negative)
     if bsa is not None:
         model = with_bsa(model, bsa)
+    if not use_kv_cache:
+        model = without_cache(model)
     inner = require_longcat(model)
     done, x = progress.load(latents) if progress else (0, latents)
     if done >= len(sigmas) - 1:

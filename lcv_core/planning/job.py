@@ -29,7 +29,7 @@ class Refine:
     height, width: pixels of the refined video, multiples of 16.
     window: frames of the clip refined at once; None, or more than there are: the whole clip.
     overlap: frames that two windows share, where there are several.
-    kv_cache: the shared frames are held as a KV cache (ComfyUI's sampler does that).
+    kv_cache: the shared frames are held as a KV cache.
     """
 
     height: int = 704

@@ -132,20 +132,23 @@ class Watched:
     alive: int
 
 
-def watched(client: Client, *, video: str | None = None, **changes: Json) -> Watched:
+def watched(client: Client, *, video: str | None = None, cached: bool = True, **changes: Json) -> Watched:
     graph = LongCat(MINIATURE)
     texts = {"positive": graph.positive, "negative": graph.negative}
     inputs = {"width": 160, "height": 96, "num_frames": 33, "num_cond_frames": 13, "video": graph.images(video)}
-    node = graph.add("TestWatched", model=graph.model, **texts, latent=graph.latent(**inputs | changes))
+    latent = graph.latent(**inputs | changes)
+    node = graph.add("TestWatched", model=graph.model, **texts, latent=latent, cached=cached)
     shown = client.run(graph.prompt).outputs[node.id]
     return Watched([(batch, need) for batch, need in shown["asked"]], shown["alive"][0])
 
 
-def expected(num_frames: int, num_cond_frames: int) -> float:
+def expected(num_frames: int, num_cond_frames: int, *, cached: bool = True) -> float:
     """Both branches in one forward, three copies of a weight, a tenth for the allocator, and the cache."""
     n_c = num_latents(num_cond_frames) if num_cond_frames else 0
     latents = (num_latents(num_frames), 12, 20)
-    run = Sampling(latents, batch=2, num_cond_latents=n_c, itemsize=4, weight_copies=3, device="cpu")
+    run = Sampling(
+        latents, batch=2, num_cond_latents=n_c, cached=cached, itemsize=4, weight_copies=3, device="cpu"
+    )  # fmt: skip
     return 1.1 * run.activations(MINI) + run.kv_cache(MINI)
 
 
@@ -167,3 +170,12 @@ def test_comfyui_is_told_of_the_kv_cache(watching: Client) -> None:
     assert need > expected(17, 0) + kv_cache_bytes(MINI, (9, 6, 10), 4, 4)
     assert found.alive <= need <= MOST * found.alive
     assert watched(watching, num_frames=17).asked[0][1] == pytest.approx(expected(17, 0))
+
+
+def test_without_a_cache_none_is_counted_or_kept(watching: Client) -> None:
+    """As refinement samples."""
+    video = graphs.put_frames(watching, graphs.noise_frames(13, height=96, width=160), "given")
+    found = watched(watching, video=video, cached=False)
+    need = found.asked[0][1]
+    assert need == pytest.approx(expected(33, 13, cached=False))
+    assert found.alive <= need <= MOST * found.alive

@@ -20,11 +20,16 @@ class Watched:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         kinds = {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"}
-        return {"required": {name: (kind,) for name, kind in kinds.items()}}
+        required = {name: (kind,) for name, kind in kinds.items()}
+        return {"required": required, "optional": {"cached": ("BOOLEAN", {"default": True})}}
 
-    def run(self, model: Any, positive: Any, negative: Any, latent: dict[str, Any]) -> dict[str, Any]:
+    def run(
+        self, model: Any, positive: Any, negative: Any, latent: dict[str, Any], cached: bool = True
+    ) -> dict[str, Any]:
         from lcv_core.live_bytes import LiveBytes  # our pack has made it importable by now
 
+        model = model.clone()
+        model.model_options.setdefault("transformer_options", {})["lcv_cache"] = cached
         inner, asked = model.model, []
         estimate = inner.memory_required
 

@@ -41,8 +41,9 @@ class LongCatVideoRefine(io.ComfyNode):
                     tooltip="How much noise the upsampled video is mixed with: more changes more. 0.5 is as trained.",
                 ),
                 io.Float.Input(
-                    "sparsity", default=0.9375, min=0.0, max=0.99, step=0.0125,
-                    tooltip="Part of the attention blocks left out. 0.9375 is as trained; 0 is dense and much slower.",
+                    "sparsity", default=-1.0, min=-1.0, max=0.99, step=0.0125,
+                    tooltip="Part of the attention blocks left out. -1: as the model was trained, 0.9375 for the"
+                    " released one. 0 is dense.",
                 ),
                 io.Combo.Input(
                     "refine_lora", options=[paths.AUTO, paths.NONE, *paths.loras()], default=paths.AUTO,

@@ -57,7 +57,7 @@ def test_an_unknown_command_and_an_unknown_option_are_named() -> None:
 
 def test_nothing_heavy_is_imported_for_help_and_wrong_options(tmp_path: Path) -> None:
     calls = [
-        ["--help"], ["t2v", "--help"], ["t2v", "--steps", "0"], ["t2v", "-p", "x"],
+        ["--help"], ["t2v", "--help"], ["t2v", "--steps", "0"], ["t2v", "-m", "x"],
         ["t2v", "-m", "x", "-p", "x", "-f", "8"],
         ["t2v", "-m", "x", "-p", "x", "-o", "x.gif"], ["long", "-m", "x", "-p", "x", "--cond-frames", "0"],
         ["i2v", "-m", "x", "-p", "x", "-i", "/nowhere.png"],

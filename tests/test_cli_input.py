@@ -94,10 +94,10 @@ def test_devices_that_are_not_here(model: Path) -> None:
     assert len(refused("t2v", "-m", model, "-p", "x", "--device", "xla")) < 200
 
 
-def test_no_prompt_and_no_model(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_prompt_and_no_such_model(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "there is no prompt" in refused("t2v", "-m", model)
     monkeypatch.delenv("LCV_MODEL", raising=False)
-    assert "there is no model; name a checkpoint folder" in refused("t2v", "-p", "x")
+    assert "there is no prompt" in refused("t2v")  # but there is a model
     assert "no model at gone; check --model" in refused("t2v", "-m", "gone", "-p", "x")
     monkeypatch.setenv("LCV_MODEL", "gone too")
     assert "no model at gone too" in refused("t2v", "-p", "x")

@@ -39,7 +39,7 @@ class CountingVAE:
 
 
 def fill(source: Any, folder: Path, vae: Any = VAE, **changes: Any) -> LatentCache:
-    options = LatentOptions(**{k: changes.pop(k) for k in ("posterior", "store", "batch") if k in changes})
+    options = LatentOptions(**{k: changes.pop(k) for k in ("posterior", "compute", "store", "batch") if k in changes})
     settings = {"on_bad_data": "stop", "on_event": ignore, **changes}
     return fill_latents(source, vae, "vae", folder, options, **settings)
 
@@ -67,6 +67,15 @@ def test_the_posterior_is_kept_where_it_is_sampled(tmp_path: Path) -> None:
     expected = VAE.normalize(mean + torch.exp(0.5 * logvar))[0] - VAE.normalize(mean)[0]
     assert torch.allclose(spread, expected, rtol=2e-2, atol=1e-4)
     assert torch.allclose(found, VAE.normalize(mean)[0], rtol=1e-2, atol=1e-2) and found.dtype == torch.float32
+
+
+def test_the_encoder_may_compute_in_bf16_which_is_another_cache(tmp_path: Path) -> None:
+    source = ProceduralClips(count=2, **SMALL)
+    exact, coarse = (next(fill(source, tmp_path, compute=dtype).items()) for dtype in ("fp32", "bf16"))
+    assert exact.file != coarse.file and VAE.dtype == torch.float32
+    (a, _), (b, _) = fill(source, tmp_path).latents(exact), fill(source, tmp_path, compute="bf16").latents(coarse)
+    assert not torch.equal(a, b)
+    assert (a - b).norm() < 0.05 * a.norm()
 
 
 def test_nothing_is_computed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

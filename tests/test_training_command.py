@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,20 @@ def test_a_recipe_becomes_a_model(recipe: Path) -> None:
     assert Path("run/model/toy.pt").is_file() and Path("run/metrics.csv").is_file()
     longer = train(recipe, "-o", "run", "--steps", "8", "--set", "lr=1e-3")
     assert "going on from step 6" in longer and "another lr" in longer and "step 8/8" in longer
+
+
+def test_processes_share_each_step(tmp_path: Path) -> None:
+    recipe = tmp_path / "text.yaml"
+    recipe.write_text(
+        "stage: text\nsteps: 2\nbatch_size: 8\nmicro_batch_size: 4\nlr: 1e-3\nlog_every: 1\n"
+        "model: {d_model: 32, d_kv: 8, d_ff: 64, num_layers: 1, num_heads: 4}\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "lcv_core", "train", str(recipe), "--device", "cpu", "--processes", "2"]
+    done = subprocess.run([*command, "-o", "run"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "on 2 processes, " in done.stderr and done.stderr.count("step 2/2: loss") == 1
+    assert (tmp_path / "run" / "model" / "text_encoder" / "model.safetensors").is_file()
 
 
 def test_the_folder_is_named_after_the_recipe(recipe: Path) -> None:

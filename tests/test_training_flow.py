@@ -122,6 +122,15 @@ def test_dropped_text_is_the_empty_prompt(tiny_checkpoint: Path, cache: Path) ->
     assert batch_of(make_stage(tiny_checkpoint, cache, objective={"text_dropout": 0.0}), "t2v")["text_mask"].sum() > 8
 
 
+def test_what_stands_for_no_prompt_is_drawn_by_micro_batch(tiny_checkpoint: Path, cache: Path) -> None:
+    words = ["", "a red ball"]
+    stage = make_stage(tiny_checkpoint, cache, objective={"text_dropout": 1.0, "no_prompt": words})
+    lengths = {len(stage._data[0].texts.rows(text)) for text in words}
+    found = [stage.batch(Place(step, 0, range(2)))["text_mask"].sum(dim=1).tolist() for step in range(16)]
+    assert all(a == b for a, b in found)
+    assert {a for a, _ in found} == lengths and len(lengths) == 2
+
+
 def test_the_shift_is_that_of_the_noise_tokens_or_fixed(tiny_checkpoint: Path, cache: Path) -> None:
     auto, fixed = (make_stage(tiny_checkpoint, cache, objective={"flow_shift": shift}) for shift in ("auto", 4.0))
     place = Place(0, 0, range(2))
@@ -203,6 +212,7 @@ def test_a_random_start_changes_nothing_yet(tiny_checkpoint: Path, cache: Path) 
         ({"objective": {"mixture": dict.fromkeys(EQUAL, 0)}}, "objective.mixture must have weights"),
         ({"objective": {"cond_latents": [3]}}, r"cond_latents must be in \[1, 2\] for clips of 9 frames \(3 latents\)"),
         ({"objective": {"text_dropout": 2}}, "objective.text_dropout must be in"),
+        ({"objective": {"no_prompt": []}}, "objective.no_prompt must have a text"),
         ({"objective": {"flow_shift": "big"}}, "objective.flow_shift must be a number"),
         ({"objective": {"lr": 2}}, "unknown key objective.lr"),
         ({"data": {"procedural": {"num_frames": 10}}}, "num_frames must be 4k"),

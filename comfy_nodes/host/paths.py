@@ -9,8 +9,8 @@ from pathlib import Path
 import folder_paths
 
 from lcv_core.errors import InputError
+from lcv_core.miniature import miniature
 from lcv_core.weights.checkpoint import ADAPTER_NAMES, Checkpoint, locate, open_checkpoint
-from lcv_core.weights.init import init_checkpoint
 
 FOLDER = "longcat_video"  # models/longcat_video: official checkpoint folders
 MINIATURE = "miniature (built in)"
@@ -89,14 +89,6 @@ def find_checkpoint(name: str) -> Path:
     if isinstance(name, str) and name.endswith("/"):
         return _inside(folder_paths.get_folder_paths(FOLDER), name.rstrip("/"), "checkpoint", folder=True)
     return _file("diffusion_models", name, "checkpoint")
-
-
-def miniature() -> Path:
-    """The miniature model, written on first use."""
-    place = Path(folder_paths.models_dir) / FOLDER / ".miniature"  # of several folders the one that is ComfyUI's own
-    if not (place / "model_index.json").is_file():
-        init_checkpoint(place)
-    return place
 
 
 def open_model(name: str, vae: str = AUTO, text_encoder: str = AUTO) -> Checkpoint:

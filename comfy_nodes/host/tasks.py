@@ -30,7 +30,7 @@ from lcv_core.shapes import SPACE_FACTOR, check_cond_frames, num_latents
 from . import paths
 from .components import HostComponents, components, need_adapter
 from .latents import frames_of, samples_of, tail_latents
-from .native import leading_zeros
+from .native import leading_zeros, require_longcat
 from .preview import show_segment
 from .sampling import Latent, StepBar, make_guider, run_guider
 from .text import Conditioning, text_states
@@ -232,7 +232,8 @@ def refine_clip(
     c = components(model, vae=vae, positive=positive, adapters=_refinement(lora), tile=tile)
     if lora != paths.NONE:
         need_adapter(c, "refinement")
-    bsa = BSAConfig(sparsity=sparsity) if sparsity > 0 else None
+    own = require_longcat(model).diffusion_model.config.bsa
+    bsa = own if sparsity < 0 else BSAConfig(sparsity=sparsity) if sparsity > 0 else None
     window = window or c.native.num_frames
     if window < 2:
         raise InputError(f"window must be at least 2 frames, or 0 for the model's own, got {window}")

@@ -29,13 +29,14 @@ from lcv_core.cli.options import (
 )
 from lcv_core.cli.train import list_recipes, train
 from lcv_core.errors import InputError
+from lcv_core.miniature import MINIATURE
 from lcv_core.names import Handover, Joint, RefineAttention
 
 app = typer.Typer(
     name="lcv",
     help="LongCat-Video: make, animate, continue and refine videos.\n\n"
-    "First steps without the 83 GB of weights: `lcv init models/mini`, then"
-    " `lcv t2v -m models/mini -p 'a red ball'`.",
+    "First steps without the 83 GB of weights, on the miniature that comes with the package:"
+    " `lcv t2v -p 'a red ball moves left'`.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -284,10 +285,8 @@ def _job(
     cont: Any = None, **own: Any,
 ) -> Job:  # fmt: skip
     """The options of a command as a Job; hashes the files it names. A seed that is not named is -1."""
-    if model.model is None:
-        raise InputError("there is no model; name a checkpoint folder with --model (-m) or LCV_MODEL")
     values: dict[str, Any] = {
-        "model": str(model.model), "loras": [_lora(text) for text in model.lora or []],
+        "model": str(model.model or MINIATURE), "loras": [_lora(text) for text in model.lora or []],
         "attention": machine.attention, "dtype": machine.dtype, "tile": machine.tile,
         "timestep_precision": machine.timestep_precision, "frame_rate": output.frame_rate, "crf": output.crf,
     }  # fmt: skip

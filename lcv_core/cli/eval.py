@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 from lcv_core.cli.errors import Stopped
 from lcv_core.cli.options import MACHINE, MODEL, SAMPLING, VIDEO, option
 from lcv_core.errors import InputError
+from lcv_core.miniature import MINIATURE
 from lcv_core.names import Precision
 
 if TYPE_CHECKING:
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[
-        Path | None, option("--model", "-m", envvar="LCV_MODEL", panel=MODEL, help="Checkpoint folder.")
-    ] = None,
+    model: Annotated[Path, option("--model", "-m", envvar="LCV_MODEL", panel=MODEL, help="Checkpoint folder.")] = Path(
+        MINIATURE
+    ),
     out: Annotated[
         Path, option("--out", "-o", panel=VIDEO, help="Folder for results, records and contact sheets.")
     ] = Path("outputs/eval"),
@@ -59,8 +60,6 @@ def evaluate(
 
     A stopped evaluation goes on where it was; what was measured with the same settings is not measured again.
     """
-    if model is None:
-        raise InputError("there is no model; name a checkpoint folder with --model (-m) or LCV_MODEL")
     if lora is not None and not lora.is_file():
         raise InputError(f"there is no adapter {lora}; check --lora")
 

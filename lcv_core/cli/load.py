@@ -21,6 +21,7 @@ from lcv_core.config import Native
 from lcv_core.dit.attention import resolve_backend
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.errors import InputError
+from lcv_core.miniature import MINIATURE, find_model
 from lcv_core.partial import fingerprint
 from lcv_core.pipelines.base import Components
 from lcv_core.schedule import FLOW_SHIFT
@@ -41,7 +42,7 @@ _ADAPTER_FILES = {"distill": "cfg_step_lora", "refinement": "refinement_lora"}
 
 def open_for(job: Job) -> Checkpoint:
     """The job's checkpoint, complete; CheckpointError that names what is missing or wrong in it. Reads no weights."""
-    if not Path(job.model).exists():
+    if not find_model(job.model).exists():
         raise InputError(f"there is no model at {job.model}; check --model, or make a small one: lcv init {job.model}")
     parts = {k: getattr(job, k) for k in ("vae", "text_encoder", "tokenizer") if getattr(job, k)}
     checkpoint = open_checkpoint(job.model, **parts)
@@ -201,7 +202,8 @@ class Session:
 
     def components(self, stack: ExitStack) -> Components:
         """DiT, VAE and the job's LoRAs; these are taken off again when `stack` closes."""
-        self.reporter.say(f"loading the model on {self.device} in {str(self.dtype).removeprefix('torch.')} ...")
+        name = "the miniature (name another model with --model)" if self.job.model == MINIATURE else "the model"
+        self.reporter.say(f"loading {name} on {self.device} in {str(self.dtype).removeprefix('torch.')} ...")
         dit = self.checkpoint.load_dit(device=self.device, dtype=self.dtype)
         if self.job.timestep_precision != dit.config.timestep_precision:
             dit.config = dataclasses.replace(dit.config, timestep_precision=self.job.timestep_precision)

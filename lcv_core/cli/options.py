@@ -27,7 +27,13 @@ MODEL, PROMPT, SAMPLING, VIDEO, CONDITION, MACHINE = "Model", "Prompt", "Samplin
 class ModelOptions:
     model: Annotated[
         Path | None,
-        option("--model", "-m", envvar="LCV_MODEL", panel=MODEL, help="Checkpoint folder, or a single DiT file."),
+        option(
+            "--model",
+            "-m",
+            envvar="LCV_MODEL",
+            panel=MODEL,
+            help="Checkpoint folder, or DiT file. Default: the miniature.",
+        ),
     ] = None
     vae: Annotated[Path | None, option("--vae", panel=MODEL, help="VAE file or folder, if not in the model's.")] = None
     text_encoder: Annotated[

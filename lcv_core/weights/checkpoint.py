@@ -15,6 +15,7 @@ import torch
 
 from lcv_core.config import DiTConfig, Native, TextConfig, VAEConfig, read_json
 from lcv_core.errors import CheckpointError
+from lcv_core.miniature import find_model
 from lcv_core.weights.assemble import Assembly, assemble, load_strictly
 from lcv_core.weights.gguf import T5_ENCODER, restore_patch
 from lcv_core.weights.infer import check_dit_config, infer_dit_config, infer_text_config, infer_vae_config
@@ -164,12 +165,12 @@ def open_checkpoint(
     """Find the parts of a checkpoint and check the transformer's headers and config; no weights are read.
 
     path: an official folder, its `dit` subfolder, or a single transformer file (official, Kijai or FastVideo names),
-        safetensors or GGUF.
+        safetensors or GGUF; "mini" is the miniature that comes with the package.
     vae, text_encoder, tokenizer: parts that are elsewhere; they win over those found. A tokenizer may be the folder,
         or one of the files in it.
     Raises CheckpointError when nothing usable is there, or the transformer is another model's.
     """
-    path = Path(path)
+    path = find_model(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     root, dit = locate(path)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lcv_core.miniature import miniature
 from lcv_core.pipelines import Components, text_to_video
 
 from . import graphs, reference
@@ -57,7 +58,7 @@ def test_two_models_in_one_graph(comfy: Client, c: Components) -> None:
         graph.save(graph.sample(latent, seed=seed + 1, **theirs)),
     ]
     result = comfy.run(graph.prompt)
-    mini = reference.components(comfy.server.run / "models" / "longcat_video" / ".miniature")
+    mini = reference.components(miniature())
     for node, components, own in zip(ids, (c, mini, c, mini), (seed, seed, seed + 1, seed + 1), strict=True):
         found = normalised(components, comfy.latents(result, node))
         assert_near(found, expected_latents(components, own))

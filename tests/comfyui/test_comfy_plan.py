@@ -11,7 +11,7 @@ import pytest
 
 from lcv_core.planning import Sampling, kv_cache_bytes
 from lcv_core.shapes import num_latents
-from lcv_core.weights.init import PRESETS
+from lcv_core.weights.checkpoint import open_checkpoint
 
 from . import graphs
 from .api import Client, Json
@@ -19,7 +19,7 @@ from .graphs import COND_FRAMES, FRAMES, HEIGHT, MINIATURE, WIDTH, LongCat, Node
 from .server import ComfyServer, Core, Options
 
 WATCHING = Path(__file__).with_name("packs") / "memory"
-MINI = PRESETS["mini"].dit  # of the miniature
+MINI = open_checkpoint("mini").dit_config
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 MOST = 1.4  # what is asked for over what is alive: a tenth for the allocator, and the loop beside a model this small
 STAGES = ("text encode", "VAE encode", "sampling", "VAE decode", "refine VAE encode", "refine sampling")

@@ -15,6 +15,7 @@ from torch import Tensor
 from lcv_core.config import BSAConfig
 from lcv_core.denoise import denoise
 from lcv_core.image_io import resize_frames
+from lcv_core.miniature import miniature
 from lcv_core.pipelines import (
     Components,
     continue_video,
@@ -291,7 +292,7 @@ def test_the_miniature_needs_no_download(comfy: Client) -> None:
     sampled = graph.sample(graph.latent(), schedule="distilled", num_steps=2)
     out = graph.save_images(graph.add("VAEDecode", samples=sampled, vae=graph.vae)[0])
     found = graphs.frames(comfy, comfy.run(graph.prompt), out)
-    c = reference.components(comfy.server.run / "models" / "longcat_video" / ".miniature")
+    c = reference.components(miniature())
     expected = text_to_video(
         c, **TEXTS, **SIZE, num_frames=FRAMES, num_steps=2, schedule="distilled", generator=seeded(SEED)
     )[0]

@@ -430,7 +430,7 @@ def test_seconds_of_the_model_that_is_connected(timeline: Timeline) -> None:
     lora = add_node(page, kind="ModelSamplingSD3", at=(-500, 500))
     page.evaluate(LINK, [int(loader), 0, int(lora), "model"])
     page.evaluate(LINK, [int(lora), 0, int(timeline.node), "model"])
-    expect(timeline.total).to_have_text("3 segments · 4.9 s")  # the miniature's own: 33 frames
+    expect(timeline.total).to_have_text("3 segments · 2.2 s")  # the miniature's own: 17 frames
     page.evaluate("(id) => app.canvas.graph.remove(app.canvas.graph.getNodeById(id))", int(loader))
     expect(timeline.total).to_have_text("3 segments · 16.9 s")
 

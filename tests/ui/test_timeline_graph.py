@@ -216,8 +216,8 @@ def test_inside_a_subgraph(timeline: Timeline) -> None:
     inside = Timeline(page, page.evaluate("() => String(app.canvas.graph._nodes[0].id)"))
     expect(inside.root).to_be_visible()
     inside.must_have(*THREE)
-    # The model is outside: the miniature's own 33 frames.
-    expect(inside.total).to_have_text("3 segments · 4.9 s")
+    # The model is outside: the miniature's own 17 frames.
+    expect(inside.total).to_have_text("3 segments · 2.2 s")
     inside.put_caret(0, 3)
     inside.press("Enter")
     inside.type("new")

@@ -265,7 +265,7 @@ def refine_720p() -> Workflow:
         "refine", "LongCatVideoRefine", (x(3), TOP), (COLUMN, 480),
         {
             "seed": 3, "control_after_generate": "fixed", "mode": "space and time", "refine_steps": 0, "t_thresh": 0.5,
-            "sparsity": 0.9375, "refine_lora": "auto", "width": 0, "height": 0, "window": 0, "overlap": 0,
+            "sparsity": -1, "refine_lora": "auto", "width": 0, "height": 0, "window": 0, "overlap": 0,
             "fit": "crop", "vae_tile": 0,
         },
         {"model": ("loader", 0), "vae": ("loader", 2), "positive": ("positive", 0), "frames": ("decode", 0)},

@@ -1,7 +1,7 @@
 // What 0 frames stands for: the counts that the checkpoint is made for, found by following the model link upstream.
 
 export const OFFICIAL = { numFrames: 93, numCondFrames: 13 };
-export const MINIATURE = { numFrames: 33, numCondFrames: 13 };
+export const MINIATURE = { numFrames: 17, numCondFrames: 9 };
 
 const LOADER = "LongCatVideoLoader";
 const BUILT_IN = "miniature (built in)";

@@ -6,6 +6,7 @@ cache is gone on with, a larger data set computes what is new, and a change of e
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
@@ -51,9 +52,11 @@ class Workers:
 @dataclass(frozen=True)
 class LatentOptions:
     """posterior: "mode" keeps the VAE's mean, "sample" its spread too, so that training draws from the posterior.
-    store: dtype on disk. batch: clips encoded at a time. tile: side in pixels of the tiles it works in; 0 is whole."""
+    compute: the encoder's dtype. store: dtype on disk. batch: clips encoded at a time. tile: side in pixels of the
+    tiles it works in; 0 is whole."""
 
     posterior: Posterior = "mode"
+    compute: Precision = "fp32"
     store: Precision = "fp32"
     batch: int = 8
     tile: int = 0
@@ -88,6 +91,9 @@ def fill_latents(
     """
     parts = source.parts()
     how = {"version": _VERSION, "vae": vae_key, "posterior": options.posterior, "store": options.store}
+    if options.compute != "fp32":
+        how["compute"] = options.compute
+        vae = copy.deepcopy(vae).to(_DTYPES[options.compute])
     files = [folder / "latents" / f"{fingerprint({**how, 'clips': part.identity})}.safetensors" for part in parts]
 
     def make(index: int) -> None:
@@ -102,7 +108,8 @@ def _fill(files: Sequence[Path], make: Callable[[int], None], label: str, on_eve
     missing = {index for index, file in enumerate(files) if not file.is_file()}
 
     def tell() -> None:
-        on_event(Event("progress", label, done=len(files) - len(missing), total=len(files)))
+        done = sum(file.is_file() for file in files)  # by all processes
+        on_event(Event("progress", label, done=done, total=len(files)))
 
     if missing:
         tell()

@@ -73,15 +73,10 @@ class FlowStage:
             return self._started_from.dit_config
         vae, _ = open_vae(self.checkpoint.require("vae"))
         text, _ = open_text_encoder(self.checkpoint.require("text_encoder"))
-        known = {f.name for f in dataclasses.fields(DiTConfig)} - {
-            "bsa",
-            "caption_channels",
-            "in_channels",
-            "out_channels",
-        }
+        given = {"caption_channels": text.d_model, "in_channels": vae.z_dim, "out_channels": vae.z_dim}
+        known = {f.name for f in dataclasses.fields(DiTConfig)} - {*given, "bsa"} | {"bsa_params"}
         check_keys(self.section.config, known, "model.config")
-        sizes = {"caption_channels": text.d_model, "in_channels": vae.z_dim, "out_channels": vae.z_dim}
-        return DiTConfig(**sizes, **self.section.config)
+        return DiTConfig.from_dict({"_class_name": "LongCatVideo", **given, **self.section.config})
 
     @property
     def _started_from(self) -> Checkpoint | None:
@@ -149,9 +144,10 @@ class FlowStage:
                 workers=workers,
             )  # fmt: skip
             captions = [text for item in latents.items() for text in source.captions(item.part, item.position)]
+            further = [text for objective in self._objectives for text in objective.no_prompt]
             texts = fill_texts(
-                [*self.shown.prompts, *captions], encoder, text_key, data.cache, store=data.texts, on_event=on_event,
-                workers=workers,
+                [*self.shown.prompts, *further, *captions], encoder, text_key, data.cache, store=data.texts,
+                on_event=on_event, workers=workers,
             )  # fmt: skip
             self._data.append(CachedClips(source, latents, texts))
             on_event(Event("note", f"{len(latents)} clips with {len(set(captions))} captions"))
@@ -181,10 +177,11 @@ class FlowStage:
         size, items = draw_bucket(data.latents, g)
         cond = {"i2v": 1, "continue": choose(objective.cond_latents, g)}.get(task, 0)
         frames = 1 if task == "t2i" else size[0]
+        no_prompt = choose(objective.no_prompt, g)
         first = place.step * recipe.batch_size
         chosen = [items[shuffled(seed, len(items), first + index)] for index in place.indices]
         samples = [
-            self._sample(data, objective, item, frames, cond, generator(seed, "sample", place.step, index))
+            self._sample(data, objective, item, frames, cond, no_prompt, generator(seed, "sample", place.step, index))
             for item, index in zip(chosen, place.indices, strict=True)
         ]
         shared = torch.rand(1, generator=generator(seed, "t", place.step), dtype=torch.float64).item()
@@ -207,8 +204,9 @@ class FlowStage:
         }
 
     def _sample(
-        self, data: CachedClips, objective: Objective, item: Item, frames: int, cond: int, g: torch.Generator
-    ) -> dict[str, Tensor]:
+        self, data: CachedClips, objective: Objective, item: Item, frames: int, cond: int, no_prompt: str,
+        g: torch.Generator,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """One clip with everything random about it; the draws come in the same order for every task."""
         captions = data.captions(item)
         caption = choose(captions, g)
@@ -222,7 +220,7 @@ class FlowStage:
             "latents": latents[:, :frames],
             "noise": noise[:, :frames],
             "levels": levels[:cond],
-            "text": data.texts.rows("" if dropped else caption),
+            "text": data.texts.rows(no_prompt if dropped else caption),
         }
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:

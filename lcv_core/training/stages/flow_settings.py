@@ -22,8 +22,8 @@ class ModelSection:
     """checkpoint: folder of the VAE, the text encoder and its tokenizer; vae, text_encoder, tokenizer name others.
 
     start: "random", "checkpoint" for the transformer in that folder, or another checkpoint folder to take it from.
-    config: fields of `DiTConfig` for a random start. native: fields of `Native` for what comes out; default: of the
-    data.
+    config: fields of `DiTConfig` for a random start, as in an official dit/config.json. native: fields of `Native` for
+    what comes out; default: of the data.
     """
 
     checkpoint: Path
@@ -70,7 +70,8 @@ class Objective:
     """mixture: weights of the tasks "t2i", "t2v", "i2v", "continue". cond_latents: condition frames of a continuation;
     a micro-batch draws one of the counts.
 
-    text_dropout: share of samples whose text is the empty prompt, the unconditional branch of guidance.
+    text_dropout: share of samples whose text is no prompt, the unconditional branch of guidance. no_prompt: the texts
+        that stand for that, such as the usual negative prompt; a micro-batch draws one.
     flow_shift: of the timesteps; "auto" grows with the number of noise tokens (`losses.shift_for`).
     weight_mean, weight_std, weight_floor: of the loss weight over timesteps (`losses.timestep_weight`).
     cond_noise: condition frames get independent noise of levels uniform in [0, cond_noise].
@@ -79,6 +80,7 @@ class Objective:
     mixture: Mapping[str, float] = field(default_factory=lambda: {"t2v": 1.0})
     cond_latents: tuple[int, ...] = (4,)
     text_dropout: float = 0.1
+    no_prompt: tuple[str, ...] = ("",)
     flow_shift: float | Literal["auto"] = "auto"
     weight_mean: float = 0.0
     weight_std: float = 1.0
@@ -94,6 +96,7 @@ class Objective:
         for name in ("text_dropout", "weight_floor", "cond_noise"):
             value = getattr(self, name)
             need(0 <= value <= 1, f"objective.{name} must be in [0, 1], got {value:g}")
+        need(bool(self.no_prompt), "objective.no_prompt must have a text; the empty one is ''")
         need(self.weight_std > 0, f"objective.weight_std must be above 0, got {self.weight_std:g}")
         need(self.flow_shift == "auto" or self.flow_shift > 0, "objective.flow_shift must be above 0, or auto")
 

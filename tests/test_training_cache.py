@@ -78,15 +78,14 @@ def test_the_encoder_may_compute_in_bf16_which_is_another_cache(tmp_path: Path) 
     assert (a - b).norm() < 0.05 * a.norm()
 
 
-def test_nothing_is_computed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcv_core.training.data.sources._PART", 2)
+def test_nothing_is_computed_twice(tmp_path: Path) -> None:
     heard, vae = Heard(), CountingVAE()
-    fill(ProceduralClips(count=4, **SMALL), tmp_path, vae, on_event=heard)
+    fill(ProceduralClips(count=4, part=2, **SMALL), tmp_path, vae, on_event=heard)
     assert [(e.done, e.total) for e in heard.events] == [(0, 2), (1, 2), (2, 2)] and vae.clips == 4
     assert (
-        len(fill(ProceduralClips(count=6, **SMALL), tmp_path, vae)) == 6 and vae.clips == 6
+        len(fill(ProceduralClips(count=6, part=2, **SMALL), tmp_path, vae)) == 6 and vae.clips == 6
     )  # the first four are there
-    fill(ProceduralClips(count=6, captions_per_clip=2, **SMALL), tmp_path, vae)
+    fill(ProceduralClips(count=6, captions_per_clip=2, part=2, **SMALL), tmp_path, vae)
     assert vae.clips == 6
     for other in ({"seed": 1}, {"height": 64}, {"late": 0.5}):
         before = vae.clips
@@ -100,9 +99,8 @@ def test_nothing_is_computed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert vae.clips == before + 2
 
 
-def test_an_interrupted_cache_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcv_core.training.data.sources._PART", 1)
-    source, vae = ProceduralClips(count=4, **SMALL), CountingVAE()
+def test_an_interrupted_cache_is_gone_on_with(tmp_path: Path) -> None:
+    source, vae = ProceduralClips(count=4, part=1, **SMALL), CountingVAE()
 
     def stop(event: Any) -> None:
         if event.done == 2:
@@ -115,8 +113,7 @@ def test_an_interrupted_cache_is_gone_on_with(tmp_path: Path, monkeypatch: pytes
 
 
 def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcv_core.training.data.sources._PART", 1)
-    source, first, second = ProceduralClips(count=5, **SMALL), CountingVAE(), CountingVAE()
+    source, first, second = ProceduralClips(count=5, part=1, **SMALL), CountingVAE(), CountingVAE()
     monkeypatch.setattr(cache_module.time, "sleep", lambda _: fill(source, tmp_path, second, workers=Workers(1, 2)))
     assert len(fill(source, tmp_path, first, workers=Workers(0, 2))) == 5  # waits for the other's
     assert (first.clips, second.clips) == (3, 2)

@@ -19,8 +19,6 @@ from lcv_core.training.data.clips import clip_generator, describe_clip, sample_c
 from lcv_core.training.data.grammar import HeldBack, caption
 from lcv_core.training.strict import need
 
-_PART = 64  # procedural clips per part
-
 
 @dataclass(frozen=True)
 class SourceClip:
@@ -72,7 +70,7 @@ class ProceduralClips:
     """Clips rendered by this repository (`clips.py`).
 
     count: numbers 0 to count - 1 of a seed; a larger count keeps the first ones. captions: wordings of each clip, of
-    which training draws one. late, held_back: as in `describe_clip`.
+    which training draws one. late, held_back: as in `describe_clip`. part: clips that are computed and kept together.
     """
 
     count: int = 20000
@@ -84,8 +82,10 @@ class ProceduralClips:
     late: float = 0.0
     captions_per_clip: int = 4
     held_back: HeldBack = "exclude"
+    part: int = 64
 
     def __post_init__(self) -> None:
+        need(self.part >= 1, f"data.procedural.part must be at least 1, got {self.part}")
         need(self.count >= 1, f"data.procedural.count must be at least 1, got {self.count}")
         need(self.captions_per_clip >= 1, "data.procedural.captions_per_clip must be at least 1")
         need(self.frame_rate > 0, f"data.procedural.frame_rate must be above 0, got {self.frame_rate:g}")
@@ -94,13 +94,15 @@ class ProceduralClips:
         check_size(self.height, self.width)
 
     def parts(self) -> list[Part]:
-        settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("count", "captions_per_clip")}
+        settings = {
+            k: v for k, v in dataclasses.asdict(self).items() if k not in ("count", "captions_per_clip", "part")
+        }
         settings["renderer"] = _code_hash()
-        spans = [(a, min(a + _PART, self.count)) for a in range(0, self.count, _PART)]
+        spans = [(a, min(a + self.part, self.count)) for a in range(0, self.count, self.part)]
         return [Part(f"clips {a} to {b - 1}", {"procedural": settings, "from": a, "to": b}) for a, b in spans]
 
     def read(self, index: int) -> Iterator[SourceClip]:
-        for number in range(index * _PART, min((index + 1) * _PART, self.count)):
+        for number in range(index * self.part, min((index + 1) * self.part, self.count)):
             clip = sample_clip(
                 self.seed, number, num_frames=self.num_frames, height=self.height, width=self.width,
                 frame_rate=self.frame_rate, held_back=self.held_back, late=self.late,
@@ -108,7 +110,7 @@ class ProceduralClips:
             yield SourceClip(f"clip {number}", clip.frames)
 
     def captions(self, index: int, position: int) -> tuple[str, ...]:
-        number = index * _PART + position
+        number = index * self.part + position
         scene, first, _ = describe_clip(self.seed, number, held_back=self.held_back, late=self.late)
         words = clip_generator(self.seed + 1, number)
         others = [caption(scene, words) for _ in range(self.captions_per_clip - 1)]

@@ -18,7 +18,7 @@ from lcv_core.pipelines.base import to_pixels
 from lcv_core.training.data import cache as cache_module
 from lcv_core.training.data.cache import LatentCache, LatentOptions, Workers, encode_rows, fill_latents, fill_texts
 from lcv_core.training.data.folder import FolderClips, FolderSection
-from lcv_core.training.data.sources import Part, ProceduralClips, SourceClip
+from lcv_core.training.data.sources import Joined, Part, ProceduralClips, SourceClip
 from lcv_core.training.events import ignore
 from lcv_core.video_io import write_video
 from lcv_core.weights.checkpoint import open_checkpoint
@@ -97,6 +97,16 @@ def test_nothing_is_computed_twice(tmp_path: Path) -> None:
         on_event=ignore,
     )  # type: ignore[arg-type]  # fmt: skip
     assert vae.clips == before + 2
+
+
+def test_joined_sources_keep_their_clips_and_captions(tmp_path: Path) -> None:
+    first, second = ProceduralClips(count=3, part=2, **SMALL), ProceduralClips(count=2, seed=1, **SMALL)
+    both = Joined((first, second))
+    assert [part.identity for part in both.parts()] == [part.identity for s in (first, second) for part in s.parts()]
+    assert [clip.name for index in range(3) for clip in both.read(index)] == [f"clip {n}" for n in (0, 1, 2, 0, 1)]
+    assert both.captions(1, 0) == first.captions(1, 0) and both.captions(2, 1) == second.captions(0, 1)
+    with pytest.raises(IndexError):
+        both.captions(3, 0)
 
 
 def test_an_interrupted_cache_is_gone_on_with(tmp_path: Path) -> None:

@@ -113,6 +113,23 @@ def test_every_clip_is_seen_once_an_epoch(tiny_checkpoint: Path, cache: Path) ->
     assert names[:12] != names[12:]
 
 
+def test_clips_of_other_sizes_beside(tiny_checkpoint: Path, cache: Path) -> None:
+    """A picture is made, not gone on with, and a short clip keeps a frame to make."""
+    also = [{"count": 8, "num_frames": frames, "height": 64, "width": 48} for frames in (1, 5)]
+    mixture = {"t2v": 1, "continue": 1, "t2i": 0, "i2v": 0}
+    stage = make_stage(tiny_checkpoint, cache, data={"also": also}, objective={"mixture": mixture, "cond_latents": [2]})
+    seen = set()
+    for step in range(30):
+        batch = stage.batch(Place(step, step % 4, range(2)))
+        seen.add((batch["task"], tuple(batch["latents"].shape[2:]), batch["num_cond_latents"]))
+        loss, _ = stage.loss(stage.model, batch)
+        assert torch.isfinite(loss)
+    assert seen == {
+        ("t2i", (1, 8, 6), 0), ("t2v", (2, 8, 6), 0), ("continue", (2, 8, 6), 1),
+        ("t2v", (3, 4, 6), 0), ("continue", (3, 4, 6), 2),
+    }  # fmt: skip
+
+
 def test_dropped_text_is_the_empty_prompt(tiny_checkpoint: Path, cache: Path) -> None:
     stage = make_stage(tiny_checkpoint, cache, objective={"text_dropout": 1.0})
     empty = stage._data[0].texts.rows("")

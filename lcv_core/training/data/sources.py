@@ -8,7 +8,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -115,3 +115,37 @@ class ProceduralClips:
         words = clip_generator(self.seed + 1, number)
         others = [caption(scene, words) for _ in range(self.captions_per_clip - 1)]
         return tuple(dict.fromkeys([first, *others]))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several sources as one; their clips may be of different sizes."""
+
+    sources: tuple[ClipSource, ...]
+
+    @property
+    def frame_rate(self) -> float:
+        return self.sources[0].frame_rate
+
+    def parts(self) -> list[Part]:
+        return [part for source in self.sources for part in source.parts()]
+
+    def read(self, index: int) -> Iterator[SourceClip]:
+        source, inner = self._find(index)
+        return source.read(inner)
+
+    def captions(self, index: int, position: int) -> tuple[str, ...]:
+        source, inner = self._find(index)
+        return source.captions(inner, position)
+
+    def _find(self, index: int) -> tuple[ClipSource, int]:
+        """The source that part `index` is of, and its number there."""
+        for source, count in zip(self.sources, self._counts, strict=True):
+            if index < count:
+                return source, index
+            index -= count
+        raise IndexError(index)
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        return [len(source.parts()) for source in self.sources]

@@ -175,8 +175,10 @@ class FlowStage:
         task = objective.task((offset + place.micro) / recipe.num_micros % 1.0)
         g = generator(seed, "micro", place.step, place.micro)
         size, items = draw_bucket(data.latents, g)
-        cond = {"i2v": 1, "continue": choose(objective.cond_latents, g)}.get(task, 0)
         frames = 1 if task == "t2i" else size[0]
+        task = task if frames > 1 else "t2i"  # a picture among clips
+        # A clip that is short among the others keeps a frame to make.
+        cond = min({"i2v": 1, "continue": choose(objective.cond_latents, g)}.get(task, 0), frames - 1)
         no_prompt = choose(objective.no_prompt, g)
         first = place.step * recipe.batch_size
         chosen = [items[shuffled(seed, len(items), first + index)] for index in place.indices]

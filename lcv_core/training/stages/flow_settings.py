@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lcv_core.shapes import num_latents
 from lcv_core.training.data.cache import LatentOptions, Precision
 from lcv_core.training.data.folder import FolderClips, FolderSection
-from lcv_core.training.data.sources import ClipSource, ProceduralClips
+from lcv_core.training.data.sources import ClipSource, Joined, ProceduralClips
 from lcv_core.training.losses import shift_for
 from lcv_core.training.strict import check_keys, need
 
@@ -37,13 +37,15 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """procedural or folder: where clips come from. cache: folder of the latents and text states computed from them.
+    """procedural or folder: where clips come from. also: rendered clips of other sizes beside them; a micro-batch has
+    one size, each as often as clips have it. cache: folder of the latents and text states computed from them.
 
     latents: how they are computed. texts: the dtype of text states on disk.
     """
 
     procedural: ProceduralClips | None = None
     folder: FolderSection | None = None
+    also: tuple[ProceduralClips, ...] = ()
     cache: Path = Path("outputs/cache")
     latents: LatentOptions = field(default_factory=LatentOptions)
     texts: Precision = "fp32"
@@ -53,10 +55,9 @@ class DataSection:
             (self.procedural is None) != (self.folder is None),
             "data must have either procedural (clips rendered here) or folder (your own videos)",
         )
-        if self.folder is not None:
-            return FolderClips(self.folder, on_bad_data)
-        assert self.procedural is not None
-        return self.procedural
+        main = self.procedural if self.folder is None else FolderClips(self.folder, on_bad_data)
+        assert main is not None
+        return Joined((main, *self.also)) if self.also else main
 
     @property
     def num_frames(self) -> int:

@@ -35,7 +35,7 @@ OURS = [name for name in NAMES if name != WAN]
 REFINED = "refine_720p"
 BALL = {"object": "ball", "colour": "red", "background": "black"}
 SQUARE = {"object": "square", "colour": "blue", "background": "grey", "motion": "moves right"}
-STAR = {"object": "star", "colour": "green", "background": "grey"}
+TRIANGLE = {"object": "triangle", "colour": "yellow", "background": "grey"}
 LEFT = {"motion": "moves left"}
 # What each workflow's prompts ask for, by the frames that have to show it; all of them unless it is said.
 SHOWN: dict[str, list[tuple[slice, dict[str, str]]]] = {
@@ -43,7 +43,7 @@ SHOWN: dict[str, list[tuple[slice, dict[str, str]]]] = {
     "image_to_video": [(slice(None), SQUARE)],
     "continuation": [(slice(0, 17), BALL | LEFT), (slice(-17, None), BALL)],
     "interactive": [
-        (slice(0, 17), STAR | {"motion": "stays still"}), (slice(8, 25), STAR), (slice(-17, None), STAR)
+        (slice(0, 17), TRIANGLE | {"motion": "stays still"}), (slice(8, 25), TRIANGLE), (slice(-17, None), TRIANGLE)
     ],
 }  # fmt: skip
 MOST_SEAM = 2.0  # of one video's few joints; their mean over many is held to 1.2 by `lcv eval`

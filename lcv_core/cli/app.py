@@ -287,7 +287,7 @@ def _job(
     """The options of a command as a Job; hashes the files it names. A seed that is not named is -1."""
     values: dict[str, Any] = {
         "model": str(model.model or MINIATURE), "loras": [_lora(text) for text in model.lora or []],
-        "attention": machine.attention, "dtype": machine.dtype, "tile": machine.tile,
+        "attention": machine.attention, "dtype": machine.dtype, "weights": machine.weights, "tile": machine.tile,
         "timestep_precision": machine.timestep_precision, "frame_rate": output.frame_rate, "crf": output.crf,
     }  # fmt: skip
     values |= {k: str(v) for k in ("vae", "text_encoder", "tokenizer") if (v := getattr(model, k)) is not None}

@@ -114,13 +114,18 @@ def _regress(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _line(ones: Tensor | float, q1: Tensor, q2: Tensor, x1: Tensor, xq: Tensor) -> tuple[Tensor, Tensor]:
-    """(s, m) >= 0 that minimise sum (s * a - m * b - x)^2, given the sums of bb, ab, aa, xb and xa."""
+    """(s, m) >= 0 that minimise sum (s * a - m * b - x)^2, given the sums of bb, ab, aa, xb and xa.
+
+    Where the best of all is outside, or not one point, it is on the edge: m = 0, or for negative x s = 0.
+    """
     det = ones * q2 - q1 * q1
-    solvable = det > 1e-6 * ones * q2
-    scale = torch.where(solvable, (ones * xq - x1 * q1) / det, 0.0)
-    low = torch.where(solvable, (q1 * xq - q2 * x1) / det, -1.0)
-    through_zero = torch.where(q2 > 0, xq / q2, 0.0)
-    return torch.where(low < 0, through_zero, scale).clamp_min(0), low.clamp_min(0)
+    inside = det > 1e-6 * ones * q2
+    scale, low = (ones * xq - x1 * q1) / det, (q1 * xq - q2 * x1) / det
+    inside &= (scale >= 0) & (low >= 0)
+    alone = torch.where(q2 > 0, xq / q2, 0.0).clamp_min(0)
+    negative = (x1 < 0) & (alone == 0)
+    edge_low = torch.where(negative & (torch.as_tensor(ones) > 0), -x1 / ones, 0.0)
+    return torch.where(inside, scale, alone), torch.where(inside, low, edge_low)
 
 
 class _Whole(NamedTuple):

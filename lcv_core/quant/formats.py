@@ -83,9 +83,9 @@ def quantise(kind: str, weight: Tensor) -> Quantised:
     return Quantised(kind, columns, data, scale)
 
 
-def spans(rows: int, columns: int, piece: int = PIECE) -> Iterator[tuple[int, int]]:
-    """Rows [a, b) that are `piece` elements at most, or one row."""
-    step = max(1, piece // columns)
+def spans(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Rows [a, b) that are PIECE elements at most, or one row."""
+    step = max(1, PIECE // columns)
     return ((a, min(a + step, rows)) for a in range(0, rows, step))
 
 

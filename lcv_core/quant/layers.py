@@ -65,9 +65,10 @@ class Linear(layers.Linear):
         """Take a quantised weight, its rows in order, in place of `weight`. InputError where it does not fit, or cannot
         be multiplied that way."""
         weight = merge(weight)
-        rows, columns = sum(q.rows for q in weight), {q.columns for q in weight}
-        if rows != self.out_features or columns != {self.in_features}:
-            raise InputError(f"the weight is [{rows}, {columns}], expected [{self.out_features}, {self.in_features}]")
+        shape = sum(q.rows for q in weight), *{q.columns for q in weight}
+        expected = self.out_features, self.in_features
+        if shape != expected:
+            raise InputError(f"the weight is {list(shape)}, expected {list(expected)}")
         refused = [why for q in weight if matmul != "weight-only" and (why := shape_refusal(q, matmul))]
         if refused:
             raise InputError(f'the weight cannot be multiplied as "{matmul}": {refused[0]}; use "weight-only"')

@@ -110,7 +110,7 @@ class Checkpoint:
 
         if weights != "plain":
             if operations is not None:
-                raise InputError(f'weights "{weights}" come with layers of their own; leave out operations')
+                raise InputError(f"weights={weights} comes with layers of its own; leave out operations")
             return load_quantised(
                 self.dit_config, self.dit_tensors, weights, what=str(self.dit), device=device, dtype=dtype
             )

@@ -42,8 +42,8 @@ def check_weights(weights: str, tensors: Assembly, what: str) -> None:
     """InputError for an unknown name, and where weights are to stay as stored but are not quantised."""
     check_name("weights", weights, Weights)
     if weights == "stored" and not any(_kinds(tensors)):
-        choices = ", ".join(f'"{name}"' for name in get_args(Weights) if name in KINDS)
-        raise InputError(f'weights "stored" keeps what is quantised, but {what} is not; use {choices} to quantise it')
+        choices = ", ".join(name for name in get_args(Weights) if name in KINDS)
+        raise InputError(f"weights=stored keeps what is quantised, but {what} is not; use {choices} to quantise it")
 
 
 def _kinds(tensors: Assembly) -> Iterable[str | None]:
@@ -80,13 +80,13 @@ class _Kept:
 
     def say(self, matmul: str) -> None:
         for kind, count in self.other.items():
-            log.warning("weights %s: %d of the weights are in %s, as their rows need it", self.wanted, count, kind)
+            log.warning("weights=%s: %d of the weights are in %s, as their rows need it", self.wanted, count, kind)
         if self.plain:
-            log.warning("weights %s: %d of the weights stay plain: %s", self.wanted, len(self.plain), some(self.plain))
+            log.warning("weights=%s: %d of the weights stay plain: %s", self.wanted, len(self.plain), some(self.plain))
         if self.unmultiplied:
             name, why = self.unmultiplied[0]
             log.warning(
-                "weights %s: %d weights are not multiplied in %s but in the dtype of the activations; %s: %s",
+                "weights=%s: %d weights are not multiplied in %s but in the dtype of the activations; %s: %s",
                 self.wanted, len(self.unmultiplied), matmul, name, why,
             )  # fmt: skip
 

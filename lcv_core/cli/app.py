@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from lcv_core import __version__
+from lcv_core.cli.convert import convert
 from lcv_core.cli.eval import evaluate
 from lcv_core.cli.job import InputFile, Job, Lora, TimeMappingOrAuto, file_hash
 from lcv_core.cli.options import (
@@ -242,6 +243,14 @@ def init(
 
     init_checkpoint(folder, preset, seed=seed, overwrite=overwrite)
     typer.echo(f"wrote {folder}; its weights are random: it shows that things run, not pictures", err=True)
+
+
+app.command(
+    epilog=example(
+        "lcv convert models/LongCat-Video models/LongCat-Video-int8 --to int8",
+        "lcv convert models/LongCat-Video longcat-q4_k.gguf --to q4_k --report errors.csv --device cuda",
+    )
+)(convert)
 
 
 app.command(

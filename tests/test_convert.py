@@ -158,7 +158,7 @@ def test_targets_that_are_refused(source: Path, tiny_checkpoint: Path, tmp_path:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"mine")
     cases: list[tuple[Path, Path, Form, bool, str]] = [
-        (source, tmp_path / "there.safetensors", "int8", False, "exists; .* ask for --overwrite"),
+        (source, tmp_path / "there.safetensors", "int8", False, "exists; .* ask for overwrite"),
         (source, tmp_path / "photos", "int8", True, "is not a checkpoint, so it is not overwritten"),
         (source, tmp_path / "a.gguf", "fp8", False, "GGUF has no fp8; .* q8_0"),
         (source, tmp_path / "a.safetensors", "q4_k", False, "written as GGUF; name a .gguf file"),

@@ -242,7 +242,7 @@ def _check_target(job: _Job, overwrite: bool) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
-        raise InputError(f"{target} exists; choose another place, or ask for --overwrite")
+        raise InputError(f"{target} exists; choose another place, or ask for overwrite")
     if _is_file(target) != target.is_file():
         raise InputError(f"{target} is a {'folder' if target.is_dir() else 'file'}; choose another place")
     if target.is_dir() and not any((target / name).is_file() for name in ("config.json", "model_index.json")):

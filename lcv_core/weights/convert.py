@@ -132,8 +132,14 @@ class _Job:
 
     @property
     def gguf(self) -> bool:
-        return self.target.suffix == ".gguf" or (not _is_file(self.target) and KINDS.get(self.form, "q") not in BY_ROW
-                                                 and self.form != "bf16")  # fmt: skip
+        if _is_file(self.target):
+            return self.target.suffix == ".gguf"
+        return self.form in KINDS and KINDS[self.form] not in BY_ROW
+
+    @property
+    def brings(self) -> bool:
+        """Whether the other parts of a checkpoint go along."""
+        return not _is_file(self.target) and (self.checkpoint.path / "vae").is_dir()
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -185,6 +191,7 @@ def convert(
     prepare_target(target)
     _check_room(job)
     stamps = _stamps(job.source)
+    remove_leftovers(target)
     try:
         if _is_file(target):
             with replacing(target) as temporary:
@@ -251,6 +258,9 @@ def _check_target(job: _Job, overwrite: bool) -> None:
 
 def _check_room(job: _Job) -> None:
     needed = sum(slot.nbytes for slot in job.slots())
+    if job.brings and job.checkpoint.path.stat().st_dev != job.target.parent.stat().st_dev:
+        files = [file for name in _BESIDE for file in (job.checkpoint.path / name).rglob("*")]
+        needed += sum(file.stat().st_size for file in files)  # copied, as another disk takes no links
     free = shutil.disk_usage(job.target.parent).free
     if needed > free:
         raise InputError(
@@ -295,15 +305,13 @@ def _write_file(
 
 def _write_folder(job: _Job, shard_bytes: int, stamps: dict[Path, tuple[int, int]]) -> None:
     target = job.target
-    remove_leftovers(target)
     new = temporary_path(target)
     try:
-        whole = job.checkpoint.path.is_dir() and (job.checkpoint.path / "vae").is_dir()
-        dit = new / "dit" if whole else new
+        dit = new / "dit" if job.brings else new
         dit.mkdir(parents=True)
         _write_config(job.checkpoint, dit / "config.json")
         _write_shards(job, dit, shard_bytes)
-        if whole:
+        if job.brings:
             _bring(job.checkpoint.path, new)
         _check_unchanged(stamps)
         replace_folder(new, target)

@@ -131,7 +131,7 @@ class GGUFFile:
             return torch.empty(entry.stop - entry.start, dtype=torch.uint8, device="meta").view(shape)
         raw = bytearray(entry.stop - entry.start)
         self._read_into(raw, entry.start)
-        return torch.frombuffer(raw, dtype=torch.uint8).view(shape).to(device)
+        return torch.frombuffer(raw, dtype=torch.uint8).view(shape).to(device=device)
 
     def _fill(self, out: Tensor, entry: GGUFEntry, first: int) -> None:
         """The elements of `entry` from number `first` on into `out`."""

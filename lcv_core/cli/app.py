@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from lcv_core import __version__
+from lcv_core.cli.convert import convert
 from lcv_core.cli.eval import evaluate
 from lcv_core.cli.job import InputFile, Job, Lora, TimeMappingOrAuto, file_hash
 from lcv_core.cli.options import (
@@ -245,6 +246,14 @@ def init(
 
 
 app.command(
+    epilog=example(
+        "lcv convert models/LongCat-Video models/LongCat-Video-int8 --to int8",
+        "lcv convert models/LongCat-Video longcat-q4_k.gguf --to q4_k --report errors.csv --device cuda",
+    )
+)(convert)
+
+
+app.command(
     "eval",
     epilog=example(
         "lcv eval -m models/mini --out outputs/eval --seed 1",
@@ -287,7 +296,7 @@ def _job(
     """The options of a command as a Job; hashes the files it names. A seed that is not named is -1."""
     values: dict[str, Any] = {
         "model": str(model.model or MINIATURE), "loras": [_lora(text) for text in model.lora or []],
-        "attention": machine.attention, "dtype": machine.dtype, "tile": machine.tile,
+        "attention": machine.attention, "dtype": machine.dtype, "weights": machine.weights, "tile": machine.tile,
         "timestep_precision": machine.timestep_precision, "frame_rate": output.frame_rate, "crf": output.crf,
     }  # fmt: skip
     values |= {k: str(v) for k in ("vae", "text_encoder", "tokenizer") if (v := getattr(model, k)) is not None}

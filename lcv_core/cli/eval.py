@@ -9,7 +9,7 @@ from lcv_core.cli.errors import Stopped
 from lcv_core.cli.options import MACHINE, MODEL, SAMPLING, VIDEO, option
 from lcv_core.errors import InputError
 from lcv_core.miniature import MINIATURE
-from lcv_core.names import Precision
+from lcv_core.names import Precision, Weights
 
 if TYPE_CHECKING:
     from lcv_core.cli.progress import Reporter
@@ -55,6 +55,9 @@ def evaluate(
     dtype: Annotated[
         Precision, option("--dtype", panel=MACHINE, help="auto: bf16 on a GPU and for big models, else fp32.")
     ] = "auto",
+    weights: Annotated[
+        Weights, option("--weights", panel=MACHINE, help="The large weights in memory, as in the sampling commands.")
+    ] = "plain",
 ) -> None:
     """Measure a model that was trained on the procedural clips, on combinations it never saw.
 
@@ -77,7 +80,7 @@ def evaluate(
     reporter = Reporter()
     try:
         with reporter.running():
-            report = _run(model, out, suites, settings, device, dtype, reporter)
+            report = _run(model, out, suites, settings, device, dtype, weights, reporter)
     except KeyboardInterrupt:
         raise Stopped(f"stopped; what was measured is kept in {out}, the same command goes on from it") from None
     if docs is not None:
@@ -93,26 +96,32 @@ def _suite(name: str, known: tuple[Any, ...]) -> Any:
     return name
 
 
-def _run(model: Path, out: Path, suites: Any, settings: Any, device: str, dtype: str, reporter: Reporter) -> Report:
+def _run(
+    model: Path, out: Path, suites: Any, settings: Any, device: str, dtype: str, weights: Weights, reporter: Reporter
+) -> Report:  # fmt: skip
     from lcv_core.cli.load import pick_device, pick_dtype
     from lcv_core.pipelines.base import Components
     from lcv_core.training.evaluation.evaluate import check, evaluate
     from lcv_core.training.evaluation.maker import CheckpointMaker
     from lcv_core.weights.checkpoint import PARTS, open_checkpoint
+    from lcv_core.weights.quantised import check_weights
 
     checkpoint = open_checkpoint(model)
     for part in PARTS:
         checkpoint.require(part)
     where = pick_device(device)
     kind = pick_dtype(dtype, where, checkpoint)
+    check_weights(weights, checkpoint.dit_tensors, str(model))
+    how = "" if weights == "plain" else f" {weights}"
     parts = checkpoint.part_fingerprints(["distill", "refinement"])
     adapters = {name: parts.pop(name) for name in ("distill", "refinement") if name in parts}
     check(settings, suites, [*adapters])  # before any weights are read
     shared = " ".join(parts[name] for name in sorted(parts))
-    prints = {"model": f"{checkpoint.fingerprint()} {shared} {where.type} {kind}", **adapters}
-    reporter.say(f"loading the model on {where} in {str(kind).removeprefix('torch.')} ...")
+    prints = {"model": f"{checkpoint.fingerprint()} {shared} {where.type} {kind}{how}", **adapters}
+    reporter.say(f"loading the model on {where} in {str(kind).removeprefix('torch.')}{how} ...")
     components = Components(
-        dit=checkpoint.load_dit(device=where, dtype=kind), vae=checkpoint.load_vae(device=where, dtype=kind),
+        dit=checkpoint.load_dit(device=where, dtype=kind, weights=weights),
+        vae=checkpoint.load_vae(device=where, dtype=kind),
         text_encoder=checkpoint.load_text_encoder(device=where, dtype=kind), adapters=checkpoint.adapters,
         native=checkpoint.native, flow_shift=checkpoint.flow_shift,
     )  # fmt: skip
@@ -126,7 +135,7 @@ def _run(model: Path, out: Path, suites: Any, settings: Any, device: str, dtype:
     return evaluate(
         CheckpointMaker(components, negative_prompt=settings.negative_prompt), settings, out, suites=suites,
         prints=prints, commit=_commit(), model=f"{model.resolve().name} ({checkpoint.fingerprint()})",
-        device=f"{where.type}, {str(kind).removeprefix('torch.')}", on_event=on_event,
+        device=f"{where.type}, {str(kind).removeprefix('torch.')}{how}", on_event=on_event,
     )  # fmt: skip
 
 

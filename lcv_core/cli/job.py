@@ -29,6 +29,7 @@ from lcv_core.names import (
     Schedule,
     Task,
     TimestepPrecision,
+    Weights,
 )
 from lcv_core.partial import fingerprint
 from lcv_core.shapes import SIZE_MULTIPLE, TIME_FACTOR, check_cond_frames, check_frames, check_size
@@ -139,6 +140,7 @@ class Job:
     attention: str = "auto"
     refine_attention: RefineAttention = "sparse"
     dtype: Precision = "auto"
+    weights: Weights = "plain"
     timestep_precision: TimestepPrecision = "model"
     tile: int = 0
     frame_rate: float | None = None

@@ -17,9 +17,10 @@ _OPTIONS = {
     "num_frames": "--frames", "num_cond_frames": "--cond-frames", "num_segments": "--segments", "num_steps": "--steps",
     "refine_steps": "--steps", "guidance_scale": "--guidance", "t_thresh": "--t-thresh", "frame_rate": "--frame-rate",
     "crf": "--crf", "vae": "--vae", "text_encoder": "--text-encoder", "tokenizer": "--tokenizer",
+    "weights": "--weights",
 }  # fmt: skip
 _ARGUMENT = re.compile(rf"(?<![\w/.\\-])({'|'.join(_OPTIONS)})(?:=(\w*)|(?![\w/\\-]|\.\w))")
-_WORDS = ("vae", "text_encoder", "tokenizer", "crf")  # names of things, too, when no = follows
+_WORDS = ("vae", "text_encoder", "tokenizer", "crf", "weights")  # names of things, too, when no = follows
 
 
 def main() -> None:

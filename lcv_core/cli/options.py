@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from lcv_core.cli.job import Keep
-from lcv_core.names import CfgMode, CfgScope, Fit, Posterior, Precision, Schedule, TimestepPrecision
+from lcv_core.names import CfgMode, CfgScope, Fit, Posterior, Precision, Schedule, TimestepPrecision, Weights
 
 
 def option(*names: str, help: str, panel: str, **rest: Any) -> Any:
@@ -54,6 +54,14 @@ class MachineOptions:
     dtype: Annotated[
         Precision, option("--dtype", panel=MACHINE, help="auto: bf16 on a GPU and for big models, else fp32.")
     ] = "auto"
+    weights: Annotated[
+        Weights,
+        option(
+            "--weights", panel=MACHINE,
+            help="The large weights in memory. plain: in --dtype; stored: quantised as in the file; fp8 to q4_k:"
+            " quantised while loading; -matmul: multiplied in 8 bits too.",
+        ),
+    ] = "plain"  # fmt: skip
     attention: Annotated[
         str, option("--attention", panel=MACHINE, help="auto, sdpa, flash2, flash3, sage, xformers or bsa.")
     ] = "auto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Literal
 
 from lcv_core.config import BSAConfig
@@ -13,13 +14,20 @@ from lcv_core.refinement import RefinePlan, frames_after, plan_refine
 from lcv_core.shapes import check_cond_frames, check_frames, check_size
 from lcv_core.vae.tiling import Tiling
 
-WeightDtype = Literal["fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2"]
+WeightDtype = Literal[
+    "fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2", "fp8", "int8", "q8_0", "q5_k", "q4_k"
+]  # fmt: skip
 ComputeDtype = Literal["fp32", "bf16", "fp16"]
 Guiding = Literal["off", CfgMode]
 Adapters = Literal["runtime", "merged"]
 
-ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8_e4m3fn": 1, "fp8_e5m2": 1}
-SMALL_ITEMSIZE = 2  # bytes of what fp8 files keep in half precision
+# Bytes of an element. Of the GGUF kinds a little more than one, or less: a block's bytes over its elements.
+ITEMSIZE = {
+    "fp32": 4, "bf16": 2, "fp16": 2, "fp8_e4m3fn": 1, "fp8_e5m2": 1, "fp8": 1, "int8": 1,
+    "q8_0": Fraction(34, 32), "q5_k": Fraction(176, 256), "q4_k": Fraction(144, 256),
+}  # fmt: skip
+SCALE_ITEMSIZE = {"fp8": 4, "int8": 4}  # bytes of the scale that each row has
+SMALL_ITEMSIZE = 2  # bytes of what quantised files keep in half precision
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,8 @@ class Job:
     guidance: "off", or both branches one after the other ("sequential") or in one forward ("batched").
     schedule: "distilled" needs the distillation adapter; adapters: at run time, or merged into the weights.
     bsa: block sparse attention of the clip itself; None is dense. refine: None makes the clip alone.
-    weight_dtype: of the transformer's large matrices; fp8 keeps all else in half precision.
+    weight_dtype: of the transformer's large matrices; fp8 and fewer bits keep all else in half precision. "fp8" and
+        "int8" have a scale for each row, "fp8_e4m3fn" and "fp8_e5m2" none.
     compute_dtype: of its activations. text_dtype: of the text encoder's weights. vae_dtype: of all in the VAE.
     weight_copies: see `sampling.Sampling`. vae_tile: pixels, a multiple of 32; 0 decodes and encodes whole frames.
     Raises InputError for sizes and counts that no pipeline takes.

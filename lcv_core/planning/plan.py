@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 from lcv_core.config import DiTConfig, TextConfig, VAEConfig
 from lcv_core.errors import InputError
-from lcv_core.planning.job import ITEMSIZE, SMALL_ITEMSIZE, Job, Refine
+from lcv_core.planning.job import ITEMSIZE, SCALE_ITEMSIZE, SMALL_ITEMSIZE, Job, Refine
 from lcv_core.planning.sampling import Sampling
 from lcv_core.planning.text import largest_text_weight, text_bytes, text_parameters
-from lcv_core.planning.transformer import FP32, AdapterName, adapter_bytes, dit_parameters
+from lcv_core.planning.transformer import FP32, AdapterName, adapter_bytes, dit_parameters, matrix_rows
 from lcv_core.planning.vae import decode_bytes, encode_bytes, vae_parameters
 from lcv_core.shapes import SPACE_FACTOR, latent_shape, num_latents, num_pixel_frames
 
@@ -50,7 +50,8 @@ class Models:
             return self.dit_weights
         matrices, rest = dit_parameters(self.dit)
         itemsize = ITEMSIZE[job.weight_dtype]
-        return matrices * itemsize + rest * max(itemsize, SMALL_ITEMSIZE)
+        scales = matrix_rows(self.dit) * SCALE_ITEMSIZE.get(job.weight_dtype, 0)
+        return math.ceil(matrices * itemsize) + scales + rest * math.ceil(max(itemsize, SMALL_ITEMSIZE))
 
 
 @dataclass(frozen=True)

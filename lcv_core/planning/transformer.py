@@ -35,6 +35,11 @@ def dit_parameters(config: DiTConfig) -> tuple[int, int]:
     return config.depth * matrices, config.depth * others + rest
 
 
+def matrix_rows(config: DiTConfig) -> int:
+    """Rows (output channels) of the matrices of attention and feed-forward."""
+    return config.depth * (9 * config.hidden_size + 2 * config.ffn_dim)
+
+
 def largest_weight(config: DiTConfig) -> int:
     """Elements of the largest weight of a block."""
     return config.hidden_size * max(3 * config.hidden_size, config.ffn_dim, 6 * config.adaln_tembed_dim)

@@ -10,13 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from lcv_core.errors import CheckpointError
+from lcv_core.quant.blocks import SIZES
+from lcv_core.quant.formats import BY_ROW, Quantised
 from lcv_core.weights.keymaps import Rule, Slot, rename
-from lcv_core.weights.tensors import TensorStore
+from lcv_core.weights.tensors import TensorSource, TensorStore
 
 # Last parts of names of tensors that come with the weights and are not weights: ComfyUI's fp8 marker and activation
 # scales, its embedded tokenizer. (We multiply in the dtype of the activations, so activation scales have no use.)
 MARKERS = ("scaled_fp8", "spiece_model", "scale_input")
 SCALES = ("weight_scale", "scale_weight")
+# Plain numbers, by the names that safetensors and GGUF have for them.
+_FLOATS = {
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
 SHOWN = 8  # names listed of each kind of mismatch
 
 
@@ -71,6 +78,41 @@ class Assembly:
         weight = self.store.read(piece.source, device, torch.float32)
         scale = self.store.read(piece.scale, device, torch.float32)
         return (weight * scale.reshape(-1, *[1] * (weight.dim() - 1))).to(dtype)
+
+    def kinds(self, name: str) -> tuple[str | None, ...]:
+        """How the pieces of a weight are stored: kinds of `lcv_core.quant.formats`, None for plain numbers and for what
+        only the `gguf` package can read."""
+        return tuple(self._kind(piece) for piece in self.pieces[name])
+
+    def _kind(self, piece: Piece) -> str | None:
+        if len(self.store.shape(piece.source)) != 2:
+            return None
+        if isinstance(self.store, TensorSource) and (kind := self.store.storage(piece.source)[0]) in SIZES:
+            return kind
+        stored = self.store.dtype(piece.source)
+        return next((kind for kind, dtype in BY_ROW.items() if dtype == stored), None)
+
+    def quantised(self, name: str, part: int, device: torch.device | str | None = None) -> Quantised:
+        """Piece `part` of a weight as it is stored; only for a piece that has a kind."""
+        piece = self.pieces[name][part]
+        kind, (rows, columns) = self._kind(piece), self.store.shape(piece.source)
+        assert kind is not None and isinstance(self.store, TensorSource)
+        blocks = self.store.blocks(piece.source, device)
+        if blocks is not None:
+            return Quantised(kind, columns, blocks)
+        data = self.store.read(piece.source, device)
+        if piece.scale is None:  # plain fp8
+            return Quantised(kind, columns, data, torch.ones(rows, device=device))
+        scale = self.store.read(piece.scale, device, torch.float32).reshape(-1)
+        return Quantised(kind, columns, data, scale.expand(rows).contiguous())
+
+    def read_part(self, name: str, part: int, device: torch.device | str | None = None) -> Tensor:
+        """Piece `part` of a weight as plain numbers: in the file's dtype, or in fp32 where they are quantised there."""
+        piece = self.pieces[name][part]
+        plain = piece.scale is None and self._kind(piece) is None and self.store.dtype(piece.source).itemsize > 1
+        stored = self.store.storage(piece.source)[0] if isinstance(self.store, TensorSource) else ""
+        exact = _FLOATS.get(stored) if plain else None
+        return self._read(piece, device, exact or torch.float32)
 
 
 def assemble(store: TensorStore, rules: Sequence[Rule] | None, *, prefix: str = "", what: str) -> Assembly:
@@ -142,6 +184,13 @@ def load_strictly(
 
     Raises CheckpointError listing names that are missing, unexpected or of another shape.
     """
+    check_fit(model, tensors, what=what)
+    state: dict[str, Any] = {name: tensors.read(name, device, dtype) for name in model.state_dict()}
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def check_fit(model: nn.Module, tensors: TensorStore, *, what: str) -> None:
+    """CheckpointError listing the names of `tensors` that are missing, unexpected or of another shape in a model."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     given = {name: tensors.shape(name) for name in tensors.keys()}  # noqa: SIM118
     problems = [
@@ -158,8 +207,6 @@ def load_strictly(
     ]
     if any(problems):
         raise CheckpointError(f"{what} does not fit the model: " + "; ".join(filter(None, problems)))
-    state: dict[str, Any] = {name: tensors.read(name, device, dtype) for name in expected}
-    model.load_state_dict(state, strict=True, assign=True)
 
 
 def _problem(kind: str, names: list[str]) -> str:

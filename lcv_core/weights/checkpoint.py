@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lcv_core.config import DiTConfig, Native, TextConfig, VAEConfig, read_json
-from lcv_core.errors import CheckpointError
+from lcv_core.errors import CheckpointError, InputError
 from lcv_core.miniature import find_model
+from lcv_core.names import Weights
 from lcv_core.weights.assemble import Assembly, assemble, load_strictly
 from lcv_core.weights.gguf import T5_ENCODER, restore_patch
 from lcv_core.weights.infer import check_dit_config, infer_dit_config, infer_text_config, infer_vae_config
@@ -91,14 +92,28 @@ class Checkpoint:
         return path
 
     def load_dit(
-        self, *, device: Device = "cpu", dtype: torch.dtype | None = None, operations: Any = None
+        self,
+        *,
+        device: Device = "cpu",
+        dtype: torch.dtype | None = None,
+        operations: Any = None,
+        weights: Weights = "plain",
     ) -> LongCatDiT:
         """The transformer in eval mode, in `dtype` or as stored (quantised weights, GGUF's too, as bf16).
 
-        operations: layer namespace for the model (see LongCatDiT). Raises CheckpointError on any mismatch.
+        operations: layer namespace for the model (see LongCatDiT); only for plain weights. weights: how the large
+        matrices are kept, see `lcv_core.weights.quantised`; what stays plain is in `dtype`.
+        Raises CheckpointError on any mismatch.
         """
         from lcv_core.dit.model import LongCatDiT
+        from lcv_core.weights.quantised import load_quantised
 
+        if weights != "plain":
+            if operations is not None:
+                raise InputError(f"weights={weights} comes with layers of its own; leave out operations")
+            return load_quantised(
+                self.dit_config, self.dit_tensors, weights, what=str(self.dit), device=device, dtype=dtype
+            )
         model = LongCatDiT(self.dit_config, operations=operations, device="meta", dtype=dtype)
         load_strictly(model, self.dit_tensors, what=str(self.dit), device=device, dtype=dtype)
         return model.eval()

@@ -123,19 +123,33 @@ class GGUFFile:
                 list(pool.map(fill, range(len(pieces))))
         return out.reshape(entry.shape)
 
+    def blocks(self, name: str, device: torch.device | str | None = None) -> Tensor:
+        """The bytes of a tensor as stored, uint8 [rows, bytes of a row]; "meta" reads nothing."""
+        entry = self.entries[name]
+        shape = math.prod(entry.shape[:-1]), -1
+        if device is not None and torch.device(device).type == "meta":
+            return torch.empty(entry.stop - entry.start, dtype=torch.uint8, device="meta").view(shape)
+        raw = bytearray(entry.stop - entry.start)
+        self._read_into(raw, entry.start)
+        return torch.frombuffer(raw, dtype=torch.uint8).view(shape).to(device=device)
+
     def _fill(self, out: Tensor, entry: GGUFEntry, first: int) -> None:
         """The elements of `entry` from number `first` on into `out`."""
         elements, width = _block(entry.kind)
         raw = bytearray(len(out) // elements * width)
+        self._read_into(raw, entry.start + first // elements * width)
+        out.copy_(_dequantise(entry.kind, raw).to(out.dtype))
+
+    def _read_into(self, raw: bytearray, start: int) -> None:
+        """Fill `raw` with the data from `start` on."""
         view, done = memoryview(raw), 0
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.data_start + entry.start + first // elements * width)
+            file.seek(self.data_start + start)
             while done < len(raw):
                 count = file.readinto(view[done:])
                 if not count:
                     raise CheckpointError(f"{self.path} changed while it was read; download it again")
                 done += count
-        out.copy_(_dequantise(entry.kind, raw).to(out.dtype))
 
 
 def is_gguf(path: Path) -> bool:

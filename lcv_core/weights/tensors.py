@@ -257,6 +257,11 @@ class TensorSource:
         """See `TensorFile.read`."""
         return self._home[name].read(name, device, dtype)
 
+    def blocks(self, name: str, device: torch.device | str | None = None) -> Tensor | None:
+        """The bytes of a tensor of a GGUF file, see `GGUFFile.blocks`; None for one of a safetensors file."""
+        home = self._home[name]
+        return home.blocks(name, device) if isinstance(home, GGUFFile) else None
+
 
 class StateDict:
     """Tensors already in memory (or memory-mapped by torch.load) under the interface of TensorSource."""

@@ -1,0 +1,1 @@
+"""Weights in fewer bits: formats as pure functions, and a linear layer that holds them."""

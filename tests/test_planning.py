@@ -360,7 +360,7 @@ WRONG = {
     "num_frames must be 4k+1": {"num_frames": 92},
     "ask for at least 17 frames": {"num_frames": 13, "num_cond_frames": 13},
     "conditions must be 1..2": {"batch_size": 2, "conditions": 3},
-    "weight_dtype must be": {"weight_dtype": "int8"},
+    "weight_dtype must be": {"weight_dtype": "int3"},
     "vae_dtype must be": {"vae_dtype": "fp8_e4m3fn"},
     "guidance must be": {"guidance": "both"},
     "tiling needs multiples of 8": {"vae_tile": 100},

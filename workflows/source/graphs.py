@@ -254,7 +254,8 @@ def long_video() -> Workflow:
 def interactive() -> Workflow:
     return _long(
         "interactive",
-        "a large yellow triangle stays still on a grey background\nthe large yellow triangle spins on a grey background\n"
+        "a large yellow triangle stays still on a grey background\n"
+        "the large yellow triangle spins on a grey background\n"
         "the large yellow triangle moves up on a grey background",
         0, 790,
     )  # fmt: skip

@@ -19,6 +19,8 @@ Joint = Literal["blend", "cut"]
 TimestepPrecision = Literal["model", "fp32"]
 RefineAttention = Literal["sparse", "dense"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+CacheStorage = Literal["model", "fp8"]
+CachePlace = Literal["device", "cpu"]
 
 
 def check_name(what: str, value: str, choices: Any) -> None:

@@ -55,12 +55,13 @@ def _self_attention(
         m = kernels.modulate(x, block.mod_norm_attn, ada.shift, ada.scale, frames)
         kernels.gated_add_(x, ada.gate, attn(m, seq, cache, keep), frames)
         return
-    if cache is None:
-        q, k, v = _projected(block, x, ada, seq, lean)
-        if keep is not None:
-            keep.append(k, v)
-    else:
-        q, k, v = _projected_beside(block, x, ada, seq, lean, cache)
+    project = _projected if lean.room is None else _projected_apart
+    q, k, v = project(block, x, ada, seq, lean)
+    if keep is not None:
+        keep.append(k, v)
+    if cache is not None:
+        before = k.shape[1] - x.shape[1]
+        cache.copy_to(k[:, :before], v[:, :before])
     n = seq.num_cond_tokens
     if n:
         out = attn.attend(q[:, :n], k[:, :n], v[:, :n], seq)  # condition sees condition alone
@@ -81,16 +82,13 @@ def _projected(block: Block, x: Tensor, ada: Adaln, seq: Sequence3D, lean: Lean)
     return q, k, v
 
 
-def _projected_beside(
-    block: Block, x: Tensor, ada: Adaln, seq: Sequence3D, lean: Lean, cache: CachedLayer
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, N, H, D]; k and v [B, n_c * S + N, H, D], the cached ones first, in the room that all layers share."""
+def _projected_apart(block: Block, x: Tensor, ada: Adaln, seq: Sequence3D, lean: Lean) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, N, H, D]; k and v in the room that all layers share, behind what a cache has: [B, n_c * S + N, H, D]."""
     assert lean.room is not None
     k, v = lean.room
     N = x.shape[1]
     first = k.shape[1] - N  # the tokens sit after the cached condition
-    cache.copy_to(k[:, :first], v[:, :first])
-    q = k.new_empty(k.shape[0], N, *k.shape[2:])
+    q = k.new_empty(k.shape[0], N, *k.shape[2:])  # attention gives its result as q lies: ready for `proj`
     own = k[:, first:], v[:, first:]
     for i, j in by_layer(N, block.attn.qkv, x.device):
         m = lean.kernels.modulate(x[:, i:j], block.mod_norm_attn, ada.shift, ada.scale, lean.frames, i)

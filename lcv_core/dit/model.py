@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lcv_core import layers
 from lcv_core.config import BSAConfig, DiTConfig
 from lcv_core.dit.attention import BACKENDS, Attend, resolve_backend, takes_bias
-from lcv_core.dit.block import Block, Lean, Sequence3D
+from lcv_core.dit.block import Block, Lean, Sequence3D, make_room
 from lcv_core.dit.embed import (
     CaptionEmbed,
     FinalLayer,
@@ -176,10 +176,8 @@ class LongCatDiT(nn.Module):
         """tau [1, R, A] of the distinct timesteps, and the sequence with what blocks need to write over x [B, N, C]."""
         distinct, frames = share_timesteps(timestep, seq.frame_tokens)
         room = None
-        if kv_cache is not None:
-            heads = self.config.num_heads
-            k, v = x.new_empty(2, x.shape[0], seq.rope.shape[0], heads, x.shape[2] // heads)
-            room = k, v
+        if _wants_room(x, kv_cache):
+            room = make_room(x, seq.rope.shape[0], self.config.num_heads)
         lean = Lean(resolve_kernels(self._kernels, x.device), frames, room)
         return self.t_embedder(distinct).unsqueeze(0), replace(seq, lean=lean)
 
@@ -262,3 +260,8 @@ class LongCatDiT(nn.Module):
             return
         tokens = n_c * (latents.shape[3] // config.patch_size[1]) * (latents.shape[4] // config.patch_size[2])
         check_cache(cache, depth=config.depth, tokens=tokens, batch=B, num_cond_latents=n_c)
+
+
+def _wants_room(x: Tensor, cache: KVCache | None) -> bool:
+    """Whether keys and values shall lie apart from what the layer made: see `make_room`."""
+    return cache is not None or x.device.type == "cpu"

@@ -121,7 +121,8 @@ def forward_moments(
     piece, hidden = batch * step * C * itemsize, batch * step * config.ffn_dim * itemsize
     normed = elements_step(C, where) * C
     modulation = _TIMESTEPS * 6 * C * FP32
-    room = 2 * batch * all_keys * C * itemsize if cached else 0  # keys and values of all layers go through it
+    apart = cached or device == "cpu"  # keys and values of all layers go through one room
+    room = 2 * batch * all_keys * C * itemsize if apart else 0
     always = all_keys * D * FP32 + text + _TIMESTEPS * config.adaln_tembed_dim * FP32 + modulation + room
     always += 8 * batch * T  # which frame has which timestep
 
@@ -148,14 +149,14 @@ def forward_moments(
 
     passed_tokens = layer_step(tokens - (0 if cached else num_cond_latents * frame), where)
     passed = batch * passed_tokens * C * itemsize  # a piece of the noise tokens, which read the text
-    attending = 2 * x if cached else 4 * x  # block input and q; without a cache k and v are beside it
-    projected = piece + linear(3 * piece, parts=3) if cached else x + linear(3 * x, parts=3)
+    attending = 2 * x if apart else 4 * x  # block input and q; without a room k and v are beside it
+    projected = piece + linear(3 * piece, parts=3) if apart else x + linear(3 * x, parts=3)
     moments = {
         "text": 3 * text + (batch * text_length * config.caption_channels * itemsize if half else 0),
         "adaLN": x + (6 * C * config.adaln_tembed_dim * FP32 if half else 0) + modulation,
-        "modulation": x + layer_norm(tokens),
-        "qkv": (2 * x if cached else x) + projected,
-        "qk norm": attending + (4 * piece if cached else 0) + rms_norm(step if cached else tokens),
+        "modulation": x + layer_norm(step if apart else tokens),
+        "qkv": (2 * x if apart else x) + projected,
+        "qk norm": attending + (4 * piece if apart else 0) + rms_norm(step if apart else tokens),
         "attention": attending + noise + noise // (D * itemsize) * FP32,  # and the sum of exponentials of each row
         "condition": 0 if cached else attending + cond + linear(cond),
         "proj": x + noise + linear(noise),

@@ -5,6 +5,8 @@
 At the released model's width in bf16. Compiles as `lcv_bsa/benchmarks/aot.py` does, with the same code.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import argparse  # noqa: TID251  (the law is about lcv_core; this is a script)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ GRID = (5, 18, 26)
 QUICK = dataclasses.replace(LONGCAT_VIDEO, hidden_size=512, num_heads=4)
 # Of the block over its matmuls and attention; of its memory over the official block's; of dense over sparse.
 GOALS = {("time", "fp32"): "<= 1.03", ("time", "bf16"): "<= 1.06", ("memory", ""): "<= 0.6", ("sparse", ""): ">= 1.7"}
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "commit", "date", "device", "threads", "torch", "measure", "shape", "width", "dtype", "runs", "ratio", "min", "max",
     "ours", "other", "unit", "goal", "note",
 )  # fmt: skip
@@ -80,7 +81,7 @@ def parts_alone(case: Case) -> Run:
     heads, hidden = (1, config.num_heads), case.x.new_ones(1, N, config.ffn_dim)
     q, k, v = (case.x.new_ones(*heads, N, config.head_dim) for _ in range(3))
     text_k, text_v = (case.x.new_ones(*heads, TEXT_TOKENS, config.head_dim) for _ in range(2))
-    adaln = block.adaLN_modulation[1]
+    adaln: Any = block.adaLN_modulation[1]
     adaln_weight, adaln_bias = adaln.weight.float(), adaln.bias.float()
 
     def run() -> None:

@@ -131,7 +131,8 @@ class FinalLayer(nn.Module):
         silu, linear = self.adaLN_modulation
         modulation = in_fp32(linear, silu(tau))
         if lean is not None:
-            return self._by_pieces(x, *modulation[0].chunk(2, dim=-1), lean)
+            shift, scale = modulation[0].chunk(2, dim=-1)  # [R, C]
+            return self._by_pieces(x, shift, scale, lean)
         shift, scale = modulation.unsqueeze(2).chunk(2, dim=-1)  # [B, T, 1, C]
         return in_fp32(self.linear, modulate(x, self.norm_final, shift, scale))
 

@@ -15,7 +15,6 @@ from lcv_core.dit import model, pieces
 from lcv_core.dit.embed import modulate
 from lcv_core.dit.frames import Span, share_timesteps
 from lcv_core.dit.kernels import plain, resolve_kernels
-from lcv_core.dit.kv_cache import KVCache
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.dit.rope import apply_rope, rope_table
 from lcv_core.errors import InputError
@@ -247,8 +246,9 @@ def test_a_cache_in_fp8(dtype: torch.dtype) -> None:
     """Half of bf16's bytes; the error of a value is that of three bits of mantissa, a scale for each head."""
     dit, states = make_dit(dtype), text()
     given, noise = randn(1, 16, 2, 4, 6, seed=8), randn(1, 16, 2, 4, 6)
-    caches = [dit.build_kv_cache(given, storage=storage) for storage in ("model", "fp8")]
-    exact, fp8 = caches
+    caches = [exact := dit.build_kv_cache(given)]
+    dit.set_kv_cache(storage="fp8")
+    caches.append(fp8 := dit.build_kv_cache(given))
     scales = 2 * dit.config.depth * dit.config.num_heads * 4
     assert fp8.nbytes - scales == exact.nbytes // dtype.itemsize
     for kept, rounded in zip(exact, fp8):
@@ -266,16 +266,16 @@ def test_a_cache_in_system_memory() -> None:
     """Without a GPU it is where it would be anyway."""
     dit, states = make_dit(), text()
     given, noise = randn(1, 16, 2, 4, 6, seed=8), randn(1, 16, 2, 4, 6)
-    a, b = (
-        dit(
-            noise, torch.tensor([500.0]), states.states, num_cond_latents=2, kv_cache=dit.build_kv_cache(given, place=p)
-        )
-        for p in ("device", "cpu")
-    )
-    assert torch.equal(a, b)
+    made = []
+    for place in ("device", "cpu"):
+        dit.set_kv_cache(place=place)  # type: ignore[arg-type]
+        cache = dit.build_kv_cache(given)
+        assert cache.place == place
+        made.append(dit(noise, torch.tensor([500.0]), states.states, num_cond_latents=2, kv_cache=cache))
+    assert torch.equal(*made)
 
 
 def test_wrong_names_of_a_cache() -> None:
     for wrong in ({"storage": "fp4"}, {"place": "disk"}):
         with pytest.raises(InputError, match="kv_cache"):
-            KVCache(**wrong)  # type: ignore[arg-type]
+            make_dit().set_kv_cache(**wrong)  # type: ignore[arg-type]

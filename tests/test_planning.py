@@ -161,6 +161,9 @@ def test_kv_cache(dtype: torch.dtype) -> None:
     cache = dit.build_kv_cache(randn(1, 16, 4, 8, 12))
     held = sum(k.nbytes + v.nbytes for k, v in cache)
     assert kv_cache_bytes(dit.config, token_grid((9, 8, 12), dit.config.patch_size), 4, dtype.itemsize) == held
+    dit.set_kv_cache(storage="fp8")
+    run = Sampling((9, 8, 12), num_cond_latents=4, itemsize=dtype.itemsize, cache_storage="fp8")
+    assert run.kv_cache(dit.config) == dit.build_kv_cache(randn(1, 16, 4, 8, 12)).nbytes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

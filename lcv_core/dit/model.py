@@ -65,6 +65,8 @@ class LongCatDiT(nn.Module):
         self.final_layer = FinalLayer(config, ops, **factory)
         self._attention: str | Attend = "sdpa"
         self._kernels = "auto"
+        self._cache_storage: CacheStorage = "model"
+        self._cache_place: CachePlace = "device"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,6 +94,11 @@ class LongCatDiT(nn.Module):
         resolve_kernels(name, self.device)
         self._kernels = name
 
+    def set_kv_cache(self, *, storage: CacheStorage = "model", place: CachePlace = "device") -> None:
+        """How `build_kv_cache` keeps keys and values from now on: see `KVCache`. Raises InputError for other names."""
+        KVCache(storage, place)
+        self._cache_storage, self._cache_place = storage, place
+
     def forward(
         self,
         latents: Tensor,
@@ -115,24 +122,17 @@ class LongCatDiT(nn.Module):
         return self._run(latents, timestep, states, num_cond_latents, kv_cache, bsa, text_bias=bias)
 
     @torch.no_grad()
-    def build_kv_cache(
-        self,
-        cond_latents: Tensor,
-        bsa: BSAConfig | None = None,
-        *,
-        storage: CacheStorage = "model",
-        place: CachePlace = "device",
-    ) -> KVCache:
+    def build_kv_cache(self, cond_latents: Tensor, bsa: BSAConfig | None = None) -> KVCache:
         """k (after rope) and v of every layer, of clean condition latents [B, C, n_c, H, W].
 
         Condition tokens see neither noise nor text, so the cache holds for every step, prompt and CFG branch. bsa: as
-        in the forwards that will use it. storage, place: see `KVCache`.
+        in the forwards that will use it. How it is kept: `set_kv_cache`.
         """
         if cond_latents.dim() != 5 or cond_latents.shape[1] != self.config.in_channels or cond_latents.shape[2] < 1:
             raise InputError(
                 f"cond_latents must be [B, {self.config.in_channels}, T >= 1, H, W], got {list(cond_latents.shape)}"
             )
-        cache = KVCache(storage, place)
+        cache = KVCache(self._cache_storage, self._cache_place)
         zeros = torch.zeros(cond_latents.shape[0], device=cond_latents.device)
         self._run(cond_latents, zeros, None, 0, None, bsa, keep=cache)
         return cache

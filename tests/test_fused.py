@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lcv_core import layers
 from lcv_core.dit.frames import Frames, share_timesteps
-from lcv_core.dit.kernels import plain
+from lcv_core.dit.kernels import _triton, check_kernels, plain
 from lcv_core.dit.rope import rope_table
 
 if importlib.util.find_spec("triton") is None:
@@ -104,6 +104,12 @@ def test_norm_and_rope(fused: Any, heads: int, D: int, rotated: bool, dtype: tor
     assert relative(out, expected) <= TOLERANCE[dtype] / 2
     if dtype == torch.float16 and not rotated:  # rounded where the model rounds: but for near-ties the same numbers
         assert (out != expected).float().mean() <= 0.01
+
+
+def test_kernels_are_proven_before_they_are_chosen(fused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_kernels(_triton(), DEVICE) is None
+    monkeypatch.setattr(fused, "gated_add_", lambda x, gate, update, frames: x.add_(update))
+    assert check_kernels(_triton(), DEVICE) == f"they are wrong on {DEVICE}: gate"
 
 
 def test_what_is_not_plain_is_left_to_pytorch() -> None:

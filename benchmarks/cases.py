@@ -14,9 +14,11 @@ from torch import Tensor
 
 from lcv_bsa import bsa_3d
 from lcv_core import layers
-from lcv_core.config import LONGCAT_VIDEO, WAN_VAE, DiTConfig, VAEConfig
-from lcv_core.dit.attention import resolve_backend
-from lcv_core.dit.block import Block, Sequence3D
+from lcv_core.config import LONGCAT_VIDEO, WAN_VAE, BSAConfig, DiTConfig, VAEConfig
+from lcv_core.dit.attention import Attend, resolve_backend
+from lcv_core.dit.block import Block, Lean, Sequence3D, make_room
+from lcv_core.dit.frames import share_timesteps
+from lcv_core.dit.kernels import resolve_kernels
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.dit.rope import rope_table
 from lcv_core.partial import SegmentStore
@@ -109,10 +111,9 @@ def block(setting: Setting, size: str, *, sparse: bool) -> Work:
     where = {"device": setting.device, "dtype": setting.dtype}
     layer = Block(config, layers, **where).requires_grad_(False)
     attend = resolve_backend(setting.attention, head_dim=config.head_dim, **where)
-    cos, sin = rope_table(grid, config.head_dim, setting.device)
-    seq = Sequence3D(grid, 0, False, cos, sin, attend, config.bsa if sparse else None)
+    seq = lean_sequence(config, grid, setting.device, setting.dtype, attend, config.bsa if sparse else None)
     x = _randn(setting, 1, prod(grid), config.hidden_size)
-    tau = _randn(setting, 1, kept_frames, config.adaln_tembed_dim, dtype=torch.float32)
+    tau = _randn(setting, 1, 1, config.adaln_tembed_dim, dtype=torch.float32)
     text = _randn(setting, 1, TEXT_TOKENS, config.hidden_size)
     work = Work(lambda: layer(x, tau, text, seq), _tokens(grid), setting.attention)
     keys = kept_keys(config, grid) if sparse else prod(grid)
@@ -121,6 +122,23 @@ def block(setting: Setting, size: str, *, sparse: bool) -> Work:
     if sparse:
         work.backend = f"bsa {_bsa_backend(setting, config, grid)}"
     return work
+
+
+def lean_sequence(
+    config: DiTConfig,
+    grid: tuple[int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    attend: Attend,
+    bsa: BSAConfig | None,
+) -> Sequence3D:
+    """A clip without condition frames whose frames share their timestep, for blocks that keep no gradients."""
+    _, frames = share_timesteps(torch.full((1, grid[0]), 500.0, device=device), grid[1] * grid[2])
+    like = torch.empty(1, 1, config.hidden_size, dtype=dtype, device=device)
+    room = make_room(like, prod(grid), config.num_heads) if device.type == "cpu" else None
+    lean = Lean(resolve_kernels("auto", device), frames, room)
+    rope = rope_table(grid, config.head_dim, device)
+    return Sequence3D(grid, 0, False, rope, attend, bsa, lean=lean)
 
 
 def _bsa_backend(setting: Setting, config: DiTConfig, grid: tuple[int, int, int]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lcv_core.config import BSAConfig
-from lcv_core.dit.block import KV
+from lcv_core.dit.kv_cache import KVCache
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.errors import InputError, NumericalError
 from lcv_core.guidance import cfg_zero
@@ -82,7 +82,7 @@ class _Predictor:
     guidance: Guidance
     num_cond_latents: int
     bsa: BSAConfig | None
-    cache: list[KV] | None
+    cache: KVCache | None
     _batched: TextStates | None = field(default=None)
 
     def __call__(self, latents: Tensor, sigma: float) -> Tensor:
@@ -105,13 +105,10 @@ class _Predictor:
         if self._batched is None:
             assert self.guidance.negative is not None
             self._batched = self.guidance.negative.concat(self.text)
-        cache = self.cache
-        if cache is not None and cache[0][0].shape[0] > 1:
-            cache = [(torch.cat([k, k]), torch.cat([v, v])) for k, v in cache]
-        uncond, cond = self._forward(torch.cat([x, x]), sigma, self._batched, cache).chunk(2)
+        uncond, cond = self._forward(torch.cat([x, x]), sigma, self._batched, self.cache).chunk(2)
         return uncond, cond
 
-    def _forward(self, x: Tensor, sigma: float, text: TextStates, cache: list[KV] | None) -> Tensor:
+    def _forward(self, x: Tensor, sigma: float, text: TextStates, cache: KVCache | None) -> Tensor:
         timestep = x.new_full((x.shape[0], x.shape[2]), sigma * NUM_TRAIN_TIMESTEPS)
         if cache is None:
             timestep[:, : self.num_cond_latents] = 0.0  # condition frames are clean
@@ -181,7 +178,7 @@ def model_output(velocity: Tensor) -> Tensor:
     return -velocity
 
 
-def _shared_cache(dit: LongCatDiT, cond: Tensor, bsa: BSAConfig | None) -> list[KV]:
+def _shared_cache(dit: LongCatDiT, cond: Tensor, bsa: BSAConfig | None) -> KVCache:
     """The KV cache of the condition frames [B, C, n_c, h, w]; one entry for all where they are the same."""
     same = torch.equal(cond, cond[:1].expand_as(cond))
     return dit.build_kv_cache(cond[:1] if same else cond, bsa)

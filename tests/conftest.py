@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from lcv_core.weights.init import init_checkpoint
 
 # The models are tiny: more threads cost more than they bring, and a busy machine would stall them.
 torch.set_num_threads(1)
+# Without a GPU Triton's kernels run in its interpreter, which has to be asked for before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 settings.register_profile("project", deadline=None, max_examples=50)
 settings.load_profile("project")
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lcv_core import layers, schedule
 from lcv_core.config import BSAConfig
 from lcv_core.dit.embed import log_parts, modulate, num_pads_as_one
+from lcv_core.dit.kv_cache import KVCache
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.errors import InputError
 
@@ -181,7 +182,7 @@ def test_modulation_gates_and_residuals_are_fp32_in_a_bf16_block() -> None:
 
     def record(name: str, module: nn.Module, *, before: bool = False) -> None:
         if before:
-            module.register_forward_pre_hook(lambda _m, x: seen.update({name: x[0], name + ".tau": x[1]}))
+            module.register_forward_pre_hook(lambda _m, x: seen.update({name: x[0].clone(), name + ".tau": x[1]}))
         else:
             module.register_forward_hook(lambda _m, x, y: seen.update({name + ".in": x[0], name + ".out": y}))
 
@@ -245,15 +246,15 @@ def test_44_of_50_base_timesteps_stay_apart_in_bf16() -> None:
     timesteps = schedule.base(50)[:-1] * 1000
     for precision, expected in (("model", 44), ("fp32", 50)):
         dit = make_dit(torch.bfloat16, timestep_precision=precision)
-        tau = dit._embed_timestep(timesteps, 1)
-        assert len(tau.flatten(1).unique(dim=0)) == expected
+        tau = dit.t_embedder(dit._per_frame(timesteps, 1).flatten())
+        assert len(tau.unique(dim=0)) == expected
 
 
 def hidden_states(dit: LongCatDiT, tokens: int) -> list[Tensor]:
-    """Filled by each forward: the first `tokens` tokens behind every block and the output of cross-attention."""
+    """Filled by each forward: copies of the first `tokens` tokens behind every block."""
     states: list[Tensor] = []
     for block in dit.blocks:
-        block.register_forward_hook(lambda _m, _x, y: states.append(y[:, :tokens]))
+        block.register_forward_hook(lambda _m, _x, y: states.append(y[:, :tokens].clone()))
     return states
 
 
@@ -479,7 +480,7 @@ def test_samples_of_a_batch_do_not_meet() -> None:
         ({"text_mask": torch.ones(1, 5)}, "text_mask must be"),
         ({"num_cond_latents": 2}, "num_cond_latents must be in"),
         ({"num_cond_latents": -1}, "num_cond_latents must be in"),
-        ({"num_cond_latents": 1, "kv_cache": []}, "kv_cache must hold"),
+        ({"num_cond_latents": 1, "kv_cache": KVCache()}, "kv_cache must hold"),
         ({"num_cond_latents": 0, "kv_cache": "built"}, "kv_cache must hold"),
         ({"num_cond_latents": 2, "kv_cache": "built"}, "kv_cache must hold"),
         ({"num_cond_latents": 1, "kv_cache": "built for 3"}, "kv_cache has batch 3"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcv_core.dit.block import KV
+from lcv_core.dit.kv_cache import KVCache
 
 # Two conditions at a time: context windows and regional prompts alternate between them.
 _ENTRIES = 2
@@ -23,9 +23,9 @@ class ConditionCache:
     the latter two. Condition frames see neither noise nor text, so steps, prompts and CFG branches share an entry.
     """
 
-    _entries: list[tuple[Any, Tensor, list[KV]]] = field(default_factory=list)
+    _entries: list[tuple[Any, Tensor, KVCache]] = field(default_factory=list)
 
-    def get(self, cond: Tensor, key: Any, build: Callable[[Tensor], list[KV]]) -> list[KV]:
+    def get(self, cond: Tensor, key: Any, build: Callable[[Tensor], KVCache]) -> KVCache:
         """The cache of condition latents [B, C, n_c, H, W]; `build` makes it for one sample where all are the same."""
         rows = cond[:1] if cond.shape[0] == 1 or torch.equal(cond, cond[:1].expand_as(cond)) else cond
         for known, latents, cache in self._entries:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lcv_core.config import BSAConfig, DiTConfig
 from lcv_core.denoise import model_output
 from lcv_core.dit.attention import BackendUnavailable, check_attention
+from lcv_core.dit.kv_cache import KVCache
 from lcv_core.dit.model import LongCatDiT
 
 from .cache import ConditionCache
@@ -72,7 +73,7 @@ class NativeDiT(LongCatDiT):
             velocity = torch.cat([torch.zeros_like(x[:, :, :n_c], dtype=noise.dtype), noise], dim=2)
         return model_output(velocity)
 
-    def _build(self, bsa: BSAConfig | None, cond: Tensor) -> list[Any]:
+    def _build(self, bsa: BSAConfig | None, cond: Tensor) -> KVCache:
         return self.build_kv_cache(cond, bsa)
 
 

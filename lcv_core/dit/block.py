@@ -12,12 +12,37 @@ from torch import Tensor, nn
 
 from lcv_bsa import block_sparse_attention, select_blocks
 from lcv_core.config import BSAConfig, DiTConfig
+from lcv_core.dit import lean
 from lcv_core.dit.attention import Attend
 from lcv_core.dit.embed import in_fp32, modulate
+from lcv_core.dit.frames import Frames
+from lcv_core.dit.kernels import Kernels
+from lcv_core.dit.kv_cache import KV, CachedLayer, KVCache
 from lcv_core.dit.rope import apply_rope
 from lcv_core.layers import upcast
 
-KV = tuple[Tensor, Tensor]  # k (after k_norm, before rope) and v, [B, H, n_c * S, D]
+
+@dataclass(frozen=True)
+class Lean:
+    """What blocks need to run without a backward pass, writing over what they are given.
+
+    frames: which frames share a timestep. room: k and v [B, n_c * S + N, H, D] that all layers share, a layer's own
+    behind those of a KV cache; None: they stay where the layer made them.
+    """
+
+    kernels: Kernels
+    frames: Frames
+    room: KV | None = None
+
+
+def make_room(x: Tensor, tokens: int, num_heads: int) -> KV:
+    """`Lean.room` for `tokens` keys of a stream like x [B, N, C].
+
+    Each head's tokens are neighbours, which a CPU's attention is a tenth faster with than with those of q, k and v
+    side by side; a GPU's does not mind, so there it takes a cache to be worth the copy of v.
+    """
+    k, v = x.new_empty(2, x.shape[0], num_heads, tokens, x.shape[2] // num_heads).transpose(2, 3)
+    return k, v
 
 
 @dataclass(frozen=True)
@@ -27,18 +52,19 @@ class Sequence3D:
     grid: (T, h, w) of all keys, cached condition frames included.
     num_cond_latents: leading frames of that grid that are condition.
     cached: the condition frames come from a KV cache and are not among the tokens passed in.
-    cos, sin: the rope table of `grid`.
+    rope: the rope table of `grid`.
     text_bias: added to the scores of cross-attention, [1, 1, 1, L]; None adds nothing.
+    lean: None where a backward pass needs what would be written over.
     """
 
     grid: tuple[int, int, int]
     num_cond_latents: int
     cached: bool
-    cos: Tensor
-    sin: Tensor
+    rope: Tensor
     attend: Attend
     bsa: BSAConfig | None
     text_bias: Tensor | None = None
+    lean: Lean | None = None
 
     @property
     def frame_tokens(self) -> int:
@@ -75,23 +101,28 @@ class SelfAttention(nn.Module):
         self.k_norm = ops.RMSNorm(config.head_dim, eps=1e-6, **factory)
         self.proj = ops.Linear(config.hidden_size, config.hidden_size, **factory)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, N, C] -> normalised q, k and plain v, [B, H, N, D] each, before rope."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.q_norm(q), self.k_norm(k), v
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, 3C] -> q, k, v, views of [B, N, H, D]."""
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return q, k, v
 
-    def forward(self, x: Tensor, seq: Sequence3D, cache: KV | None = None, keep: list[KV] | None = None) -> Tensor:
-        """`cache` is prepended to keys and values; with `keep`, this layer's own (k, v) is appended to that list."""
-        q, k, v = self.project(x)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence3D) -> Tensor:
+        """q [B, N, H, D] over k and v -> [B, N, C], before `proj`."""
+        out = self_attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seq)
+        return out.transpose(1, 2).flatten(2)
+
+    def forward(
+        self, x: Tensor, seq: Sequence3D, cache: CachedLayer | None = None, keep: KVCache | None = None
+    ) -> Tensor:
+        """x [B, N, C]. `cache` is prepended to keys and values; this layer's own are appended to `keep`."""
+        q, k, v = (y.transpose(1, 2) for y in self.split(self.qkv(x)))  # [B, H, N, D]
+        own = seq.rope[seq.rope.shape[0] - x.shape[1] :]  # tokens sit after the cached condition
+        q, k = apply_rope(self.q_norm(q), own), apply_rope(self.k_norm(k), own)
         if keep is not None:
-            keep.append((k, v.contiguous()))  # a view would keep the whole qkv alive
+            keep.append(k.transpose(1, 2), v.transpose(1, 2))
         if cache is not None:
-            # One cached condition serves every sample and CFG branch of the batch.
-            k = torch.cat([cache[0].to(k).expand(k.shape[0], -1, -1, -1), k], dim=2)
-            v = torch.cat([cache[1].to(v).expand(v.shape[0], -1, -1, -1), v], dim=2)
-        first = k.shape[2] - q.shape[2]  # queries sit after the cached condition
-        q = apply_rope(q, seq.cos[first:], seq.sin[first:])
-        k = apply_rope(k, seq.cos, seq.sin)
+            before = cache.read(k)
+            k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
         n = seq.num_cond_tokens
         if n == 0:
             out = self_attend(q, k, v, seq)
@@ -111,22 +142,34 @@ class CrossAttention(nn.Module):
         self.k_norm = ops.RMSNorm(config.head_dim, eps=1e-6, **factory)
         self.proj = ops.Linear(config.hidden_size, config.hidden_size, **factory)
 
-    def _attend(self, q: Tensor, text: Tensor, attend: Attend, bias: Tensor | None = None) -> Tensor:
+    def keys(self, text: Tensor | Sequence[Tensor]) -> list[KV]:
+        """k and v [B, H, L, D] of text [B, L, C]; or of each sample where text is one [1, L_b, C] for each."""
+        return [self._keys(rows) for rows in ([text] if isinstance(text, Tensor) else text)]
+
+    def _keys(self, text: Tensor) -> KV:
         k, v = self.kv_linear(text).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        k = self.k_norm(k)
-        return attend(q, k, v) if bias is None else attend(q, k, v, bias)
+        return self.k_norm(k), v
+
+    def read(self, x: Tensor, keys: list[KV], attend: Attend, bias: Tensor | None, kernels: Kernels | None) -> Tensor:
+        """What tokens x [B, n, C] read from the text. kernels: None keeps a gradient."""
+        q = self.q_linear(x).unflatten(-1, (self.num_heads, -1))
+        if kernels is None:
+            q = self.q_norm(q)
+        else:
+            kernels.norm_rope(q, self.q_norm, None, q)
+        q = q.transpose(1, 2)  # [B, H, n, D]
+        if len(keys) == 1:
+            out = attend(q, *keys[0]) if bias is None else attend(q, *keys[0], bias)
+        else:
+            out = torch.cat([attend(q[b : b + 1], k, v) for b, (k, v) in enumerate(keys)])
+        return self.proj(out.transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, text: Tensor | Sequence[Tensor], attend: Attend, bias: Tensor | None = None) -> Tensor:
         """x [B, N, C]; text [B, L, C], or one [1, L_b, C] for each sample where the lengths differ.
 
         bias: of the scores, [1, 1, 1, L], for an `attend` that takes one.
         """
-        q = self.q_norm(self.q_linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2))  # [B, H, N, D]
-        if isinstance(text, Tensor):
-            out = self._attend(q, text, attend, bias)
-        else:
-            out = torch.cat([self._attend(q[b : b + 1], rows, attend) for b, rows in enumerate(text)])
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return self.read(x, self.keys(text), attend, bias, None)
 
 
 class FeedForward(nn.Module):
@@ -140,7 +183,11 @@ class FeedForward(nn.Module):
         self.w3 = ops.Linear(hidden, ffn, bias=False, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        h = self.w1(x)
+        if h.requires_grad:
+            return self.w2(F.silu(h) * self.w3(x))
+        h = F.silu(h, inplace=True)
+        return self.w2(h.mul_(self.w3(x)))
 
 
 def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
@@ -167,10 +214,15 @@ class Block(nn.Module):
         tau: Tensor,
         text: Tensor | Sequence[Tensor] | None,
         seq: Sequence3D,
-        cache: KV | None = None,
-        keep: list[KV] | None = None,
+        cache: CachedLayer | None = None,
+        keep: KVCache | None = None,
     ) -> Tensor:
-        """x [B, N, C], tau fp32 [B, T, A]; text None skips cross-attention (a KV cache is built without it)."""
+        """x [B, N, C], tau fp32 [B, T, A]; text None skips cross-attention (a KV cache is built without it).
+
+        With `seq.lean` x is written over, and tau is [1, R, A], of the distinct timesteps.
+        """
+        if seq.lean is not None:
+            return lean.run_block(self, x, tau, text, seq, seq.lean, cache, keep)
         silu, linear = self.adaLN_modulation
         modulation = in_fp32(linear, silu(tau)).unsqueeze(2)  # [B, T, 1, 6C]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)

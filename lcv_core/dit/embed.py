@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from lcv_core.config import DiTConfig
+from lcv_core.dit.pieces import by_layer
 from lcv_core.layers import upcast
+
+if TYPE_CHECKING:
+    from lcv_core.dit.block import Lean
 
 
 class PatchEmbed(nn.Module):
@@ -122,10 +126,23 @@ class FinalLayer(nn.Module):
         self.linear = ops.Linear(hidden, math.prod(config.patch_size) * config.out_channels, **factory)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), ops.Linear(config.adaln_tembed_dim, 2 * hidden, **factory))
 
-    def forward(self, x: Tensor, tau: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tau: Tensor, lean: Lean | None = None) -> Tensor:
+        """tau [B, T, A]; with `lean`, which keeps no gradient, [1, R, A] of the distinct timesteps."""
         silu, linear = self.adaLN_modulation
-        shift, scale = in_fp32(linear, silu(tau)).unsqueeze(2).chunk(2, dim=-1)  # [B, T, 1, C]
+        modulation = in_fp32(linear, silu(tau))
+        if lean is not None:
+            shift, scale = modulation[0].chunk(2, dim=-1)  # [R, C]
+            return self._by_pieces(x, shift, scale, lean)
+        shift, scale = modulation.unsqueeze(2).chunk(2, dim=-1)  # [B, T, 1, C]
         return in_fp32(self.linear, modulate(x, self.norm_final, shift, scale))
+
+    def _by_pieces(self, x: Tensor, shift: Tensor, scale: Tensor, lean: Lean) -> Tensor:
+        """No fp32 copy of all tokens is alive: their linear layer computes in fp32."""
+        made = []
+        for i, j in by_layer(x.shape[1], self.linear, x.device):
+            m = lean.kernels.modulate(x[:, i:j], self.norm_final, shift, scale, lean.frames, i)
+            made.append(in_fp32(self.linear, m))
+        return made[0] if len(made) == 1 else torch.cat(made, dim=1)  # 64 channels: a copy of them is nothing
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from lcv_core import layers
 from lcv_core.config import BSAConfig, DiTConfig
 from lcv_core.dit.attention import BACKENDS, Attend, resolve_backend, takes_bias
-from lcv_core.dit.block import KV, Block, Sequence3D
+from lcv_core.dit.block import Block, Lean, Sequence3D, make_room
 from lcv_core.dit.embed import (
     CaptionEmbed,
     FinalLayer,
@@ -22,8 +23,12 @@ from lcv_core.dit.embed import (
     pads_as_one,
     unpatchify,
 )
+from lcv_core.dit.frames import share_timesteps
+from lcv_core.dit.kernels import resolve_kernels
+from lcv_core.dit.kv_cache import KVCache, check_cache
 from lcv_core.dit.rope import rope_table
 from lcv_core.errors import InputError
+from lcv_core.names import CachePlace, CacheStorage
 from lcv_core.shapes import ceil_to, token_grid
 
 log = logging.getLogger("lcv_core")
@@ -59,6 +64,9 @@ class LongCatDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, ops, **factory) for _ in range(config.depth))
         self.final_layer = FinalLayer(config, ops, **factory)
         self._attention: str | Attend = "sdpa"
+        self._kernels = "auto"
+        self._cache_storage: CacheStorage = "model"
+        self._cache_place: CachePlace = "device"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,6 +86,19 @@ class LongCatDiT(nn.Module):
             resolve_backend(backend, device=self.device, dtype=self.dtype, head_dim=self.config.head_dim)
         self._attention = backend
 
+    def set_kernels(self, name: str) -> None:
+        """Choose by name what computes norms, rope and gates where no gradient is needed (see `lcv_core.dit.kernels`).
+
+        Raises InputError at once when they cannot be used on the model's device.
+        """
+        resolve_kernels(name, self.device)
+        self._kernels = name
+
+    def set_kv_cache(self, *, storage: CacheStorage = "model", place: CachePlace = "device") -> None:
+        """How `build_kv_cache` keeps keys and values from now on: see `KVCache`. Raises InputError for other names."""
+        KVCache(storage, place)
+        self._cache_storage, self._cache_place = storage, place
+
     def forward(
         self,
         latents: Tensor,
@@ -85,7 +106,7 @@ class LongCatDiT(nn.Module):
         text: Tensor,
         text_mask: Tensor | None = None,
         num_cond_latents: int = 0,
-        kv_cache: Sequence[KV] | None = None,
+        kv_cache: KVCache | None = None,
         bsa: BSAConfig | None = None,
     ) -> Tensor:
         """Velocity, fp32 [B, out_channels, T, H, W], of latents [B, in_channels, T, H, W].
@@ -101,17 +122,17 @@ class LongCatDiT(nn.Module):
         return self._run(latents, timestep, states, num_cond_latents, kv_cache, bsa, text_bias=bias)
 
     @torch.no_grad()
-    def build_kv_cache(self, cond_latents: Tensor, bsa: BSAConfig | None = None) -> list[KV]:
-        """(k, v) of every layer, [B, H, n_c * S, D] before rope, of clean condition latents [B, C, n_c, H, W].
+    def build_kv_cache(self, cond_latents: Tensor, bsa: BSAConfig | None = None) -> KVCache:
+        """k (after rope) and v of every layer, of clean condition latents [B, C, n_c, H, W].
 
         Condition tokens see neither noise nor text, so the cache holds for every step, prompt and CFG branch. bsa: as
-        in the forwards that will use it.
+        in the forwards that will use it. How it is kept: `set_kv_cache`.
         """
         if cond_latents.dim() != 5 or cond_latents.shape[1] != self.config.in_channels or cond_latents.shape[2] < 1:
             raise InputError(
                 f"cond_latents must be [B, {self.config.in_channels}, T >= 1, H, W], got {list(cond_latents.shape)}"
             )
-        cache: list[KV] = []
+        cache = KVCache(self._cache_storage, self._cache_place)
         zeros = torch.zeros(cond_latents.shape[0], device=cond_latents.device)
         self._run(cond_latents, zeros, None, 0, None, bsa, keep=cache)
         return cache
@@ -122,19 +143,43 @@ class LongCatDiT(nn.Module):
         timestep: Tensor,
         text: Tensor | Sequence[Tensor] | None,
         num_cond_latents: int,
-        kv_cache: Sequence[KV] | None,
+        kv_cache: KVCache | None,
         bsa: BSAConfig | None,
-        keep: list[KV] | None = None,
+        keep: KVCache | None = None,
         text_bias: Tensor | None = None,
     ) -> Tensor:
         config = self.config
         x = self.x_embedder(latents.to(self.dtype))
-        T, h, w = token_grid((latents.shape[2], latents.shape[3], latents.shape[4]), config.patch_size)
-        seq = self._sequence((T, h, w), num_cond_latents, kv_cache is not None, bsa, x, text_bias)
-        tau = self._embed_timestep(timestep.to(latents.device), T)
+        grid = token_grid((latents.shape[2], latents.shape[3], latents.shape[4]), config.patch_size)
+        seq = self._sequence(grid, num_cond_latents, kv_cache is not None, bsa, x, text_bias)
+        timestep = self._per_frame(timestep.to(latents.device), grid[0])
+        if self._keeps_gradients(x, text):
+            tau = self.t_embedder(timestep.flatten()).unflatten(0, (-1, grid[0]))
+        else:
+            x = x.contiguous()  # it is what all blocks write to
+            tau, seq = self._lean(x, timestep, seq, kv_cache)
         for i, block in enumerate(self.blocks):
-            x = block(x, tau, text, seq, None if kv_cache is None else kv_cache[i], keep)
-        return unpatchify(self.final_layer(x, tau), (T, h, w), config.patch_size)
+            x = block(x, tau, text, seq, None if kv_cache is None else kv_cache.layer(i), keep)
+        return unpatchify(self.final_layer(x, tau, seq.lean), grid, config.patch_size)
+
+    def _keeps_gradients(self, x: Tensor, text: Tensor | Sequence[Tensor] | None) -> bool:
+        """Whether a backward pass may follow. Tensors without data go its way too: they have no timesteps to share."""
+        if x.is_meta:
+            return True
+        given = [] if text is None else [text] if isinstance(text, Tensor) else list(text)
+        learns = any(t.requires_grad for t in (x, *given)) or any(p.requires_grad for p in self.parameters())
+        return torch.is_grad_enabled() and learns
+
+    def _lean(
+        self, x: Tensor, timestep: Tensor, seq: Sequence3D, kv_cache: KVCache | None
+    ) -> tuple[Tensor, Sequence3D]:
+        """tau [1, R, A] of the distinct timesteps, and the sequence with what blocks need to write over x [B, N, C]."""
+        distinct, frames = share_timesteps(timestep, seq.frame_tokens)
+        room = None
+        if _wants_room(x, kv_cache):
+            room = make_room(x, seq.rope.shape[0], self.config.num_heads)
+        lean = Lean(resolve_kernels(self._kernels, x.device), frames, room)
+        return self.t_embedder(distinct).unsqueeze(0), replace(seq, lean=lean)
 
     def _sequence(
         self,
@@ -149,22 +194,20 @@ class LongCatDiT(nn.Module):
             grid = (grid[0] + num_cond_latents, *grid[1:])
         if self._attention == "bsa" and bsa is None:
             bsa = self.config.bsa
-        cos, sin = rope_table(grid, self.config.head_dim, x.device)
-        return Sequence3D(grid, num_cond_latents, cached, cos, sin, self._attend(x.device), bsa, text_bias)
+        rope = rope_table(grid, self.config.head_dim, x.device)
+        return Sequence3D(grid, num_cond_latents, cached, rope, self._attend(x.device), bsa, text_bias)
 
     def _attend(self, device: torch.device) -> Attend:
         if not isinstance(self._attention, str):
             return self._attention
         return resolve_backend(self._attention, device=device, dtype=self.dtype, head_dim=self.config.head_dim)
 
-    def _embed_timestep(self, timestep: Tensor, frames: int) -> Tensor:
-        """[B] or [B, T] -> fp32 [B, T, A]."""
+    def _per_frame(self, timestep: Tensor, frames: int) -> Tensor:
+        """[B] or [B, T] -> [B, T], as the network sees them."""
         if self.config.timestep_precision == "model":
             # The released model feeds bf16 timesteps: multiples of 4 above 512. Part of its behaviour.
             timestep = timestep.to(self.dtype)
-        if timestep.dim() == 1:
-            timestep = timestep[:, None].expand(-1, frames)
-        return self.t_embedder(timestep.flatten()).unflatten(0, (-1, frames))
+        return timestep[:, None].expand(-1, frames) if timestep.dim() == 1 else timestep
 
     def _embed_text(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor | list[Tensor], Tensor | None]:
         """Project the text; with zero padding pads become zero rows that stay in, otherwise pads are dropped.
@@ -196,7 +239,7 @@ class LongCatDiT(nn.Module):
         return rows - added if rows < total else total
 
     def _validate(
-        self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None, n_c: int, cache: Sequence[KV] | None
+        self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None, n_c: int, cache: KVCache | None
     ) -> None:
         config = self.config
         if latents.dim() != 5 or latents.shape[1] != config.in_channels:
@@ -216,10 +259,9 @@ class LongCatDiT(nn.Module):
                 raise InputError(f"num_cond_latents must be in [0, {T - 1}] for {T} latent frames, got {n_c}")
             return
         tokens = n_c * (latents.shape[3] // config.patch_size[1]) * (latents.shape[4] // config.patch_size[2])
-        if n_c < 1 or len(cache) != config.depth or cache[0][0].shape[2] != tokens:
-            raise InputError(
-                f"kv_cache must hold {config.depth} layers of {tokens} tokens for num_cond_latents={n_c},"
-                f" got {len(cache)} layers of {cache[0][0].shape[2] if cache else 0}"
-            )
-        if cache[0][0].shape[0] not in (1, B):
-            raise InputError(f"kv_cache has batch {cache[0][0].shape[0]}, expected 1 or {B}")
+        check_cache(cache, depth=config.depth, tokens=tokens, batch=B, num_cond_latents=n_c)
+
+
+def _wants_room(x: Tensor, cache: KVCache | None) -> bool:
+    """Whether keys and values shall lie apart from what the layer made: see `make_room`."""
+    return cache is not None or x.device.type == "cpu"

@@ -42,16 +42,16 @@ def rope_angles(grid: tuple[int, int, int], head_dim: int, device: torch.device 
 
 
 @lru_cache(maxsize=4)
-def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(cos, sin), fp32 [T*h*w, head_dim // 2] each; one table shared by all layers and steps."""
+def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
+    """cos + i sin of the angles, complex64 [T*h*w, head_dim // 2]; one table shared by all layers and steps."""
     with torch.inference_mode(False):  # a table first made in inference mode has to serve training too
         angles = rope_angles(grid, head_dim)
-        return angles.cos().to(device), angles.sin().to(device)
+        return torch.complex(angles.cos(), angles.sin()).to(device)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     """Rotate x [B, H, N, D] by the table's N rows in fp32; the result has x's dtype."""
     h = upcast(x)
     a, b = h[..., 0::2], h[..., 1::2]
-    cos, sin = cos.to(h.dtype), sin.to(h.dtype)
+    cos, sin = table.real.to(h.dtype), table.imag.to(h.dtype)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lcv_core.config import BSAConfig, DiTConfig
+from lcv_core.names import CacheStorage
 from lcv_core.planning.sparse import Device
 from lcv_core.planning.transformer import FP32, forward_bytes, kv_cache_bytes, largest_weight
 from lcv_core.shapes import token_grid
@@ -26,6 +27,7 @@ class Sampling:
     adapters: an adapter works beside the weights, not in them.
     weight_copies: copies of a layer's weight, in fp32, that are alive while the layer runs: what is cast, and what a
         host patches or brings in from elsewhere.
+    cache_storage: how the KV cache is kept.
     """
 
     latents: tuple[int, int, int]
@@ -39,6 +41,7 @@ class Sampling:
     adapters: bool = False
     weight_copies: int = 0
     device: Device = "gpu"
+    cache_storage: CacheStorage = "model"
 
     @property
     def holds_cache(self) -> bool:
@@ -49,7 +52,9 @@ class Sampling:
         if not self.holds_cache:
             return 0
         grid = token_grid(self.latents, config.patch_size)
-        return self.conditions * kv_cache_bytes(config, grid, self.num_cond_latents, self.itemsize)
+        itemsize = 1 if self.cache_storage == "fp8" else self.itemsize
+        scales = 2 * config.depth * config.num_heads * FP32 if self.cache_storage == "fp8" else 0
+        return self.conditions * (kv_cache_bytes(config, grid, self.num_cond_latents, itemsize) + scales)
 
     def activations(self, config: DiTConfig) -> int:
         """Most bytes alive at once besides weights and KV cache. InputError where the patches do not divide the latents

@@ -1,7 +1,7 @@
 """Bytes of the transformer: weights, adapters, KV cache, and the activations of one forward.
 
-Activations are counted at the moments of `dit/block.py` at which most is alive; `forward_moments` names them and says
-what is held. The tests hold these counts against the tensors that are really alive.
+Activations are counted at the moments of `dit/lean.py` at which most is alive; `forward_moments` names them and says
+what is held. The tests hold these counts against the tensors that are really alive. Triton's kernels need less.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import math
 from typing import Literal
 
 from lcv_core.config import BSAConfig, DiTConfig
+from lcv_core.dit.pieces import elements_step, layer_step
 from lcv_core.planning.sparse import Device, Grid, place_bytes, sparse_bytes
 
 AdapterName = Literal["distill", "refinement"]
 
 RANK = 128  # of the official adapters
+_TIMESTEPS = 2  # distinct ones in a forward: of noise and of condition frames
 FP32 = 4  # bytes
 
 
@@ -113,47 +115,60 @@ def forward_moments(
     tokens, frame = math.prod(grid), grid[1] * grid[2]
     all_keys = tokens + (num_cond_latents * frame if cached else 0)
     x = batch * tokens * C * itemsize  # one activation of all tokens
-    wide = batch * tokens * C * FP32  # the same in fp32
-    keys = batch * all_keys * C * itemsize
-    hidden = batch * tokens * config.ffn_dim * itemsize
     half = itemsize < FP32
     text = batch * text_length * C * itemsize
     # Condition frames among the tokens: attended to by themselves, passed by in cross-attention.
     cond = 0 if cached else x * num_cond_latents // T
     noise = x - cond
-    modulation = batch * T * 6 * C * FP32
-    always = all_keys * D * FP32 + text + batch * T * config.adaln_tembed_dim * FP32 + modulation
+    where = "cpu" if device == "cpu" else "cuda"
+    # One piece of the sequence on its way through a wide layer; that many tokens of one sample in a norm.
+    step = layer_step(tokens, where)
+    piece, hidden = batch * step * C * itemsize, batch * step * config.ffn_dim * itemsize
+    normed = elements_step(C, where) * C
+    modulation = _TIMESTEPS * 6 * C * FP32
+    apart = cached or device == "cpu"  # keys and values of all layers go through one room
+    room = 2 * batch * all_keys * C * itemsize if apart else 0
+    always = all_keys * D * FP32 + text + _TIMESTEPS * config.adaln_tembed_dim * FP32 + modulation + room
+    always += 8 * batch * T  # which frame has which timestep
 
     def linear(output: int, parts: int = 1) -> int:
         """A layer's output; the branch of an adapter adds its pieces, their join and the sum."""
         return output * (4 if parts > 1 else 3) + output * RANK // C if adapters else output
 
-    def rms_norm(output: int) -> int:
-        """fp32 copy and its square or the product, and the statistics; or the product, its rounding, the result."""
+    def layer_norm(tokens: int) -> int:
+        """What becomes of tokens, and what is made of a piece of them: its result; on a GPU in fp32, from a copy."""
+        piece = min(normed, tokens * C)
+        work = piece * itemsize + 2 * piece // C * FP32 if device == "cpu" else 2 * piece * FP32
+        return batch * tokens * C * itemsize + work
+
+    def rms_norm(tokens: int) -> int:
+        """Of q or k, in place: fp32 copy, its square and the statistics; in fp32 two products."""
+        piece = min(normed, tokens * C)
+        return (2 * piece + (piece // D if half else 0)) * FP32
+
+    def text_norm(output: int) -> int:
+        """Of the text's k at once: fp32 copy and its square or the product; or product, its rounding, the result."""
         size = output * FP32 // itemsize
         squares = 2 * size + size // D
         return max(squares, size + 2 * output) if half else squares
 
-    def rope(output: int) -> int:
-        """fp32 copy; two halves each of two products, and what they make."""
-        size = output * FP32 // itemsize
-        return (size if half else 0) + 2 * size
-
-    # Held while a layer attends: block input, modulated input, q, k, v. A view of v keeps the whole qkv.
-    attending = 3 * x + 2 * keys if cached else 7 * x
+    passed_tokens = layer_step(tokens - (0 if cached else num_cond_latents * frame), where)
+    passed = batch * passed_tokens * C * itemsize  # a piece of the noise tokens, which read the text
+    attending = 2 * x if apart else 4 * x  # block input and q; without a room k and v are beside it
+    projected = piece + linear(3 * piece, parts=3) if apart else x + linear(3 * x, parts=3)
     moments = {
         "text": 3 * text + (batch * text_length * config.caption_channels * itemsize if half else 0),
         "adaLN": x + (6 * C * config.adaln_tembed_dim * FP32 if half else 0) + modulation,
-        "qkv": 2 * x + linear(3 * x, parts=3),
-        "qk norm": 6 * x + rms_norm(x),
-        "rope": attending + rope(keys),
-        "attention": attending + cond + 2 * x + linear(x),
-        "gate": x + (max(x + 2 * wide, 3 * wide) if half else 2 * wide),
-        "cross query": 2 * x + noise + max(linear(noise), noise + rms_norm(noise)),
-        "cross text": 2 * x + 2 * noise + max(linear(2 * text, parts=2), 2 * text + rms_norm(text)),
-        "cross": 3 * x + 2 * noise + 3 * text + linear(noise),
-        "modulation": 2 * x + 3 * wide,
-        "feed-forward": 3 * x + max(hidden + linear(hidden), 3 * hidden, hidden + linear(x)),
+        "modulation": x + layer_norm(step if apart else tokens),
+        "qkv": (2 * x if apart else x) + projected,
+        "qk norm": attending + (4 * piece if apart else 0) + rms_norm(step if apart else tokens),
+        "attention": attending + noise + noise // (D * itemsize) * FP32,  # and the sum of exponentials of each row
+        "condition": 0 if cached else attending + cond + linear(cond),
+        "proj": x + noise + linear(noise),
+        "cross text": x + max(linear(2 * text, parts=2), 2 * text + text_norm(text)),
+        "cross query": x + 3 * text + passed + max(linear(passed), passed + rms_norm(passed_tokens)),
+        "cross": x + 3 * text + 2 * passed + max(passed, linear(passed)),
+        "feed-forward": x + piece + hidden + max(linear(hidden), linear(piece)),
     }
     if bsa is not None:
         n_c, heads = num_cond_latents, batch * config.num_heads
@@ -163,5 +178,5 @@ def forward_moments(
         if n_c:
             always += place_bytes(bsa, (n_c, *grid[1:]), (n_c, *grid[1:]), heads=heads)
         inside = sparse_bytes(bsa, *grids, heads=heads, head_dim=D, itemsize=itemsize, device=device)
-        moments["sparse"] = attending + cond + inside
+        moments["sparse"] = attending + inside
     return {name: always + alive for name, alive in moments.items()}

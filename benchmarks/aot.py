@@ -1,0 +1,85 @@
+"""The block's Triton kernels compiled for GPUs that are not there: registers, spills, shared memory, CTAs per SM.
+
+    python benchmarks/aot.py [--arch sm_90 ...] [--out FILE] [--gate]      # --gate fails where a kernel spills
+
+At the released model's width in bf16. Compiles as `lcv_bsa/benchmarks/aot.py` does, with the same code.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import argparse  # noqa: TID251  (the law is about lcv_core; this is a script)
+import csv
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from measure import ROOT
+
+sys.path.append(str(ROOT / "lcv_bsa" / "benchmarks"))
+from aot_compile import PROCESSORS, TRITON, Measured, launches_of, measure
+
+from lcv_core import layers
+from lcv_core.config import LONGCAT_VIDEO
+from lcv_core.dit.frames import share_timesteps
+from lcv_core.dit.kernels import fused
+from lcv_core.dit.rope import rope_table
+
+RESULTS = Path(__file__).resolve().parent / "aot.csv"
+DTYPE = torch.bfloat16
+
+
+def launchers() -> dict[str, Callable[[], object]]:
+    """What launches each kernel in each of its forms, on tensors whose values do not matter."""
+    C, H, D = LONGCAT_VIDEO.hidden_size, LONGCAT_VIDEO.num_heads, LONGCAT_VIDEO.head_dim
+    grid = (2, 4, 4)
+    _, frames = share_timesteps(torch.tensor([[0.0, 500.0]]), 16)
+    x, update = torch.zeros(2, 1, 32, C, dtype=DTYPE)
+    shift, scale, gate = torch.zeros(3, 2, C)
+    bare = layers.LayerNorm(C, eps=1e-6, elementwise_affine=False)
+    affine = layers.LayerNorm(C, eps=1e-6, dtype=DTYPE)
+    norm, rope = layers.RMSNorm(D, eps=1e-6, dtype=DTYPE), rope_table(grid, D, torch.device("cpu"))
+    q = torch.zeros(1, 32, 3, H, D, dtype=DTYPE)[:, :, 0]
+    return {
+        "norm + modulate": lambda: fused.modulate(x, bare, shift, scale, frames),
+        "norm": lambda: fused.layer_norm(x, affine),
+        "gated add": lambda: fused.gated_add_(x, gate, update, frames),
+        "norm + rope": lambda: fused.norm_rope(q, norm, rope, q),
+        "q norm": lambda: fused.norm_rope(q, norm, None, q),
+    }
+
+
+def rows(architectures: list[str]) -> list[tuple[str, Measured]]:
+    with torch.no_grad():
+        launches = {name: launches_of(launcher) for name, launcher in launchers().items()}
+    return [(name, measure(one, arch)) for arch in architectures for name, each in launches.items() for one in each]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=list(PROCESSORS), default=list(PROCESSORS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--gate", action="store_true")
+    args = parser.parse_args()
+    found = rows(args.arch)
+    table = [
+        {"what": name} | asdict(row) | {"width": LONGCAT_VIDEO.hidden_size, "dtype": "bf16", "triton": TRITON}
+        for name, row in found
+    ]
+    for row in table:
+        print(" ".join(f"{value!s:>20}" for value in row.values()), flush=True)
+    with args.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+    spilling = [f"{name} on {row.arch}: {row.spills} bytes spilled" for name, row in found if row.spills]
+    if args.gate:
+        print("\n".join(["gate: red", *spilling]) if spilling else "gate: green")
+    return int(args.gate and bool(spilling))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

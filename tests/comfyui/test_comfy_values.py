@@ -288,14 +288,13 @@ def test_the_adapters_are_off_after_the_job(comfy: Client, c: Components, video:
 
 
 def test_the_miniature_needs_no_download(comfy: Client) -> None:
+    """Without an adapter: its weights are bf16, and ComfyUI rounds what it merges into them to that."""
     graph = LongCat(graphs.MINIATURE)
-    sampled = graph.sample(graph.latent(), schedule="distilled", num_steps=2)
+    sampled = graph.sample(graph.latent(width=0, height=0, num_frames=0), num_steps=8)
     out = graph.save_images(graph.add("VAEDecode", samples=sampled, vae=graph.vae)[0])
     found = graphs.frames(comfy, comfy.run(graph.prompt), out)
     c = reference.components(miniature())
-    expected = text_to_video(
-        c, **TEXTS, **SIZE, num_frames=FRAMES, num_steps=2, schedule="distilled", generator=seeded(SEED)
-    )[0]
+    expected = text_to_video(c, **TEXTS, num_steps=8, generator=seeded(SEED))[0]
     assert_near(found, (expected * 255).to(torch.uint8), 1)
 
 

@@ -344,6 +344,7 @@ def test_nan_in_the_weights_stops_at_the_step_and_names_it(changed: Path) -> Non
 
 def test_an_empty_prompt_works(model: Path) -> None:
     made("t2v", "-m", model, "-p", "", "--steps", 1, "-o", "a.mp4")
+    assert left_in(Path()) == {"a.mp4"}
 
 
 def test_a_long_prompt_is_cut_with_a_warning(model: Path) -> None:

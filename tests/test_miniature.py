@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui.reference import components, seeded
 from torch import Tensor
 
 from lcv_core.miniature import MINIATURE, find_model, miniature
@@ -14,6 +15,8 @@ from lcv_core.pipelines import Components, continue_video, image_to_video, refin
 from lcv_core.training.evaluation.judge import measure
 from lcv_core.training.miniature import MOST_BYTES
 from lcv_core.weights.checkpoint import Checkpoint, open_checkpoint
+from lcv_core.weights.convert import convert
+from lcv_core.weights.inspect import inspect_checkpoint
 
 PROMPT = "a large red ball moves left on a black background"
 SHOWN = {"object": "ball", "colour": "red", "background": "black", "motion": "moves left"}
@@ -25,19 +28,8 @@ def checkpoint() -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def c(checkpoint: Checkpoint) -> Components:
-    return Components(
-        dit=checkpoint.load_dit(dtype=torch.float32),
-        vae=checkpoint.load_vae(dtype=torch.float32),
-        text_encoder=checkpoint.load_text_encoder(dtype=torch.float32),
-        adapters=checkpoint.adapters,
-        native=checkpoint.native,
-        flow_shift=checkpoint.flow_shift,
-    )
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def c() -> Components:
+    return components(miniature())
 
 
 def shown(frames: Tensor, names: Sequence[str]) -> dict[str, str | None]:
@@ -66,6 +58,13 @@ def test_its_name_is_a_folder_where_there_is_one(tmp_path: Path, monkeypatch: py
     assert find_model("models/mini") == Path("models/mini")
     (tmp_path / "mini").mkdir()
     assert find_model("mini") == Path("mini")
+
+
+def test_its_name_serves_wherever_a_checkpoint_is_named(tmp_path: Path) -> None:
+    inspection = inspect_checkpoint(MINIATURE)
+    assert inspection.path == miniature()
+    convert(MINIATURE, tmp_path / "int8", "int8")
+    assert open_checkpoint(tmp_path / "int8").dit_config == open_checkpoint(MINIATURE).dit_config
 
 
 def test_text(made: Tensor, c: Components) -> None:

@@ -6,6 +6,8 @@ most 127 * 127) and that of the tensor cores in fp8.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -40,11 +42,20 @@ def shape_refusal(q: Quantised, matmul: str) -> str | None:
 def int8_matmul(x: Tensor, q: Quantised) -> Tensor:
     """x [n, columns] times an int8 weight: [n, rows] in x's dtype. The scales are multiplied in fp32."""
     assert q.scale is not None
-    out = x.new_empty(x.shape[0], q.rows)
-    for here, tokens in zip(out.split(TOKENS), x.split(TOKENS), strict=True):
-        wide = tokens.float()
+    rows = q.scale
+
+    def multiply(wide: Tensor) -> Tensor:
         scale = scales_of(wide, "int8")
-        here.copy_(_integer(to_kind(wide / scale, "int8"), q.data).float().mul_(scale).mul_(q.scale))
+        return _integer(to_kind(wide / scale, "int8"), q.data).float().mul_(scale).mul_(rows)
+
+    return _in_pieces(x, q.rows, multiply)
+
+
+def _in_pieces(x: Tensor, rows: int, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    """[n, rows] in x's dtype: `multiply` of x in fp32, some tokens at a time."""
+    out = x.new_empty(x.shape[0], rows)
+    for here, tokens in zip(out.split(TOKENS), x.split(TOKENS), strict=True):
+        here.copy_(multiply(tokens.float()))
     return out
 
 
@@ -68,13 +79,12 @@ def exact_integer(a: Tensor, b: Tensor) -> Tensor:
 def fp8_matmul(x: Tensor, q: Quantised) -> Tensor:
     """x [n, columns] times an fp8 weight: [n, rows] in x's dtype, by way of bf16."""
     assert q.scale is not None
-    out = x.new_empty(x.shape[0], q.rows)
-    for here, tokens in zip(out.split(TOKENS), x.split(TOKENS), strict=True):
-        wide = tokens.float()
+    columns = q.scale[None]
+
+    def multiply(wide: Tensor) -> Tensor:
         scale = scales_of(wide, "fp8")
-        product = torch.ops.aten._scaled_mm(
-            to_kind(wide / scale, "fp8"), q.data.t(), scale, q.scale[None], out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )  # fmt: skip
-        here.copy_(product)
-    return out
+        return torch.ops.aten._scaled_mm(
+            to_kind(wide / scale, "fp8"), q.data.t(), scale, columns, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    return _in_pieces(x, q.rows, multiply)

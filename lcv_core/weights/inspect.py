@@ -9,6 +9,7 @@ from typing import Literal
 
 from lcv_core.config import DiTConfig, Native
 from lcv_core.errors import CheckpointError
+from lcv_core.miniature import find_model
 from lcv_core.shapes import (
     BUCKETS,
     REFINE_LATENT_GROUP,
@@ -134,7 +135,7 @@ def inspect_checkpoint(
     What is recognised but cannot be used (an adapter, a VAE, an Avatar or another model) is described, not refused.
     Raises CheckpointError when files are missing or damaged, or config and weights disagree.
     """
-    path = Path(path)
+    path = find_model(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     if path.suffix == ".pth":

@@ -31,8 +31,9 @@ class LongCatVideoLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weight_dtype", options=list(WEIGHT_DTYPES), default="default",
-                    tooltip="How the weights are kept. default: as ComfyUI judges best. fp8 halves the memory of bf16;"
-                    " sensitive layers stay as they are.",
+                    tooltip="How the weights are kept. default: as ComfyUI judges best, quantised files as they are."
+                    " fp8, int8 and q8_0 halve the memory of bf16, q5_k and q4_k take a third; sensitive layers stay as"
+                    " they are.",
                 ),
                 io.Combo.Input(
                     "vae", options=paths.vaes(), default=paths.AUTO,

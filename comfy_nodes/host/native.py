@@ -26,9 +26,12 @@ from lcv_core.text.encoder import fit_text
 from lcv_core.weights.assemble import load_strictly
 from lcv_core.weights.checkpoint import Checkpoint
 
+from . import quantised
 from .network import BSA_OPTION, CACHE_OPTION, WEIGHTS_OPTION, NativeDiT, hold_cache
 
-WEIGHT_DTYPES = ("default", "bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
+WEIGHT_DTYPES = (
+    "default", "bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", *quantised.FORMS,
+)  # fmt: skip
 _STORED = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
     "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e4m3fn_fast": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
@@ -194,6 +197,7 @@ def load_model(checkpoint: Checkpoint, *, weight_dtype: str = "default", vae: VA
     parameters = sum(math.prod(tensors.shape(name)) for name in tensors.keys())  # noqa: SIM118
     stored = tensors.dtype("x_embedder.proj.weight")
     chosen = _STORED.get(weight_dtype)
+    form = quantised.form_for(weight_dtype, tensors)
     base = (
         chosen
         if chosen is not None and chosen.itemsize > 1
@@ -206,16 +210,24 @@ def load_model(checkpoint: Checkpoint, *, weight_dtype: str = "default", vae: VA
     config.latent_format = latent_format(vae)
     if weight_dtype == "fp8_e4m3fn_fast":
         config.custom_operations = comfy.ops.fp8_ops
+    elif form is not None:
+        config.custom_operations = quantised.Operations
     model = LongCatVideo(config, device="meta")
     network = model.diffusion_model
-    load_strictly(network, _Stored(tensors, base, chosen), what=str(checkpoint.dit), device="cpu")
+    plain = _Stored(tensors, base, chosen)
+    if form is None:
+        load_strictly(network, plain, what=str(checkpoint.dit), device="cpu")
+    else:
+        quantised.load(network, tensors, plain, form, what=str(checkpoint.dit))
     network.requires_grad_(False)
     if hasattr(management, "archive_model_dtypes"):
         management.archive_model_dtypes(network)  # the first time was before fp8 weights came in
     offload = management.unet_offload_device()
     model.device = offload
     model.to(offload)
-    make = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    make = quantised.Patcher
+    if form is None:
+        make = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     patcher = make(model, load_device=device, offload_device=offload)
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "lcv_kv_cache", hold_cache)
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "lcv_conditions", know_conditions)

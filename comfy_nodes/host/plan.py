@@ -12,6 +12,7 @@ import torch
 from lcv_core.config import BSAConfig, Native, TextConfig, VAEConfig
 from lcv_core.pipelines.base import refined_size
 from lcv_core.planning import Job, Plan, Refine, Stage, advice, make_plan, size_text, verdict
+from lcv_core.planning.job import ITEMSIZE
 from lcv_core.shapes import latent_shape, token_grid
 from lcv_core.weights.checkpoint import Checkpoint, open_text_encoder, open_vae
 
@@ -78,9 +79,11 @@ def _kept(model: Any) -> Job:
     """How ComfyUI keeps weights and activations of this MODEL and of what belongs to it."""
     management, network = comfy.model_management, require_longcat(model).diffusion_model
     vae_dtype = management.vae_dtype(management.vae_device(), [torch.bfloat16, torch.float16, torch.float32])
-    weight = network.blocks[0].ffn.w1.weight.dtype
+    layer = network.blocks[0].ffn.w1
+    kind = getattr(layer, "kind", None)  # of a quantised weight, whose dtype says nothing
+    weight = _DTYPES.get(layer.weight.dtype, "bf16") if kind is None else kind.lower()
     return Job(
-        weight_dtype=_DTYPES.get(weight, "bf16"), compute_dtype=_DTYPES[network.compute_dtype],
+        weight_dtype=weight if weight in ITEMSIZE else "q8_0", compute_dtype=_DTYPES[network.compute_dtype],
         vae_dtype=_DTYPES[vae_dtype], adapters="merged", weight_copies=WEIGHT_COPIES, device=planned_device(),
     )  # fmt: skip
 

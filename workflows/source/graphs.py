@@ -316,7 +316,7 @@ def low_vram() -> Workflow:
     return Workflow(
         "low_vram",
         (
-            loader("fp8_e4m3fn"), prompt(), latent((x(2), TOP)), sampler((x(2), TOP + 310), "distilled"), tiled,
+            loader("int8"), prompt(), latent((x(2), TOP)), sampler((x(2), TOP + 310), "distilled"), tiled,
             *save((x(3), TOP + 210), ("decode", 0), "low_vram"), plan,
         ),
         (

@@ -73,6 +73,10 @@ class MachineOptions:
     resident: Annotated[
         float, option("--resident", panel=MACHINE, min=0, help="With --stream: GB of blocks that stay on the device.")
     ] = 0.0
+    text_cache: Annotated[
+        Path | None,
+        option("--text-cache", panel=MACHINE, help="Folder that keeps encoded prompts: umT5 is loaded for new ones."),
+    ] = None
     attention: Annotated[
         str, option("--attention", panel=MACHINE, help="auto, sdpa, flash2, flash3, sage, xformers or bsa.")
     ] = "auto"

@@ -26,6 +26,7 @@ from lcv_core.weights.tensors import StateDict, TensorSource, TensorStore
 
 if TYPE_CHECKING:
     from lcv_core.dit.model import LongCatDiT
+    from lcv_core.text.cache import CachedEncoder
     from lcv_core.text.encoder import TextEncoder
     from lcv_core.vae.model import WanVAE
 
@@ -160,6 +161,27 @@ class Checkpoint:
         load_strictly(model, tensors, what=str(path), device=device, dtype=dtype)
         return TextEncoder(model, tokenizer)
 
+    def cached_text_encoder(
+        self, *, device: Device = "cpu", dtype: torch.dtype | None = None, cache: str | Path | None = None
+    ) -> CachedEncoder:
+        """What encodes prompts like `load_text_encoder`, and loads umT5 only while a prompt is new to it.
+
+        cache: a folder that keeps states from run to run; None: in memory. Reads no weights.
+        """
+        from lcv_core.text.cache import CachedEncoder, TextCache
+
+        path, tokenizer = self.require("text_encoder"), self.require("tokenizer")
+        _, tensors = open_text_encoder(path)
+        parts = (
+            _fingerprint(path), _tokenizer_fingerprint(tokenizer, "tokenizer_config.json"),
+            str(dtype or tensors.dtype("shared.weight")), torch.device(device).type,
+        )  # fmt: skip
+
+        def load() -> TextEncoder:
+            return self.load_text_encoder(device=device, dtype=dtype)
+
+        return CachedEncoder(load, TextCache(" ".join(parts), cache))
+
     def fingerprint(self) -> str:
         """16 hex digits that tell one set of transformer weights from another.
 
@@ -182,8 +204,7 @@ class Checkpoint:
             if (path / "config.json").is_file():
                 configs[name] = read_json(path / "config.json")
         if self.tokenizer is not None:
-            files = [self.tokenizer / name for name in ("tokenizer.json", "spiece.model")]
-            prints["tokenizer"] = _short_hash(*(file.read_bytes() for file in files if file.is_file()))
+            prints["tokenizer"] = _tokenizer_fingerprint(self.tokenizer)
         prints |= {name: _fingerprint(self.adapters[name]) for name in adapters if name in self.adapters}
         settings = {"configs": configs, "flow_shift": self.flow_shift, "native": dataclasses.asdict(self.native)}
         prints["settings"] = _short_hash(json.dumps(settings, sort_keys=True).encode())
@@ -343,6 +364,11 @@ def _fingerprint(path: Path) -> str:
         return _short_hash(_sample(path, path.stat().st_size, b""))
     files = TensorSource.open(path).files
     return _short_hash(*sorted(_sample(file.path, file.size, file.header) for file in files))
+
+
+def _tokenizer_fingerprint(folder: Path, *more: str) -> str:
+    files = [folder / name for name in ("tokenizer.json", "spiece.model", *more)]
+    return _short_hash(*(file.read_bytes() for file in files if file.is_file()))
 
 
 def _short_hash(*parts: bytes) -> str:

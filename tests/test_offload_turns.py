@@ -174,7 +174,7 @@ def test_on_a_cpu_blocks_are_read_where_they_are_used_and_few_are_in_memory() ->
     assert result.equal(run(whole))
     with _Real() as activations:
         run(whole)
-    assert live.peak <= 2 * block + activations.peak + 4096
+    assert live.peak <= 2 * block + activations.peak + 5 * 4096  # each in pages of its own
     turns.close()
 
 

@@ -18,6 +18,8 @@ from lcv_core.errors import InputError
 
 log = logging.getLogger("lcv_core")
 
+_PAGE = 4096
+
 
 class Lanes(Protocol):
     """A device. `is_host`: its memory is system memory, so that files can be read straight into it."""
@@ -63,9 +65,12 @@ def lanes_of(device: torch.device) -> Lanes:
 
 
 def host_memory(nbytes: int) -> Tensor:
-    """Bytes of system memory, uint8; not bound to the mode of autograd that happens to be on."""
+    """Bytes of system memory, uint8, in pages of their own, as locking needs; not bound to the mode of autograd that
+    happens to be on."""
     with torch.inference_mode(False):
-        return torch.empty(nbytes, dtype=torch.uint8)
+        memory = torch.empty(nbytes + 2 * _PAGE, dtype=torch.uint8)
+        first = -memory.data_ptr() % _PAGE
+        return memory[first : first + nbytes]
 
 
 class CpuLanes:

@@ -28,7 +28,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-_CHUNK = 1 << 22  # elements that are read before they are cast
+_CHUNK = 1 << 20  # elements that are read before they are cast
 
 # First bytes of things that are saved under a model's name.
 _IMPOSTORS = (

@@ -75,6 +75,11 @@ class FakeLanes:
                 self._run(len(self.lanes["copy"]))
             return Event("copy", len(self.lanes["copy"]))
 
+    @property
+    def waiting(self) -> int:
+        """Copies that were asked for and not carried out."""
+        return len(self._queue)
+
     def _run(self, index: int) -> None:
         """Carry out the copies before number `index`."""
         with self._lock:

@@ -108,11 +108,13 @@ def test_from_disk(
     ("form", "weights"),
     [("fp32", "plain"), ("fp32", "fp8"), ("fp32", "int8-matmul"), ("fp32", "q4_k"), ("mixed", "stored")],
 )
-def test_from_system_memory(files: Callable[[str], Path], form: str, weights: Weights) -> None:
+def test_from_system_memory(
+    files: Callable[[str], Path], form: str, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = open_checkpoint(files(form))
-    dit = checkpoint.load_dit(weights=weights)
-    expected = run(dit)
-    dit.set_streaming(turns.BlocksInTurn(list(dit.blocks), FakeLanes("late"), "ram"))
+    expected = run(checkpoint.load_dit(weights=weights))
+    on_fake_device(monkeypatch)
+    dit = checkpoint.load_dit(weights=weights, streaming="ram")
     assert all(tensor.is_meta for tensor in dit.blocks.state_dict().values())
     assert run(dit).equal(expected) and run(dit).equal(expected)
 

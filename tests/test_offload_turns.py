@@ -94,6 +94,7 @@ def test_numbers_and_order_on_a_device_with_two_lanes(
         assert run(dit).equal(expected)
     settle(turns)
     turns.close()
+    assert not lanes.waiting
     lanes.check()
     resident = min(resident, DEPTH)
     assert turns.resident == resident

@@ -142,9 +142,9 @@ class Pinned:
     which for blocks of 0.55 GB would nearly double a model.
     """
 
-    def __init__(self, buffer: Tensor) -> None:
+    def __init__(self, buffer: Tensor, device: torch.device) -> None:
         # The finalizer holds the buffer, so that it is not freed while it is locked.
-        weakref.finalize(self, _unregister, buffer)
+        weakref.finalize(self, _unregister, buffer, device)
 
     @classmethod
     def of(cls, buffer: Tensor, device: torch.device) -> Pinned | None:
@@ -155,7 +155,7 @@ class Pinned:
             cudart: Any = torch.cuda.cudart()
             error = int(cudart.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
             if error == 0:
-                return cls(buffer)
+                return cls(buffer, device)
             _forget_error(device)
         warn_pageable(buffer.numel(), f"CUDA error {error}")
         return None
@@ -170,7 +170,9 @@ def warn_pageable(nbytes: int, why: str) -> None:
     )
 
 
-def _unregister(buffer: Tensor) -> None:
+def _unregister(buffer: Tensor, device: torch.device) -> None:
+    with contextlib.suppress(RuntimeError):  # an error of earlier work is not ours to tell
+        torch.cuda.synchronize(device)  # a copy may still be reading it
     cudart: Any = torch.cuda.cudart()
     cudart.cudaHostUnregister(buffer.data_ptr())
 

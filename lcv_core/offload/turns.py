@@ -146,6 +146,10 @@ class BlocksInTurn:
         """Stop reading ahead and free what was for it; the model cannot be run after that. Twice does no harm."""
         if self._feed is not None:
             feed, self._feed = self._feed, None
+            for slot in self._slots:  # what is copied from is not freed under a copy
+                coming = slot.coming
+                if coming is not None and coming.done() and coming.exception() is None:
+                    self._lanes.finish(coming.result())
             feed.close()
             self._slots.clear()
 

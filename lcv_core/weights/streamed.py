@@ -71,7 +71,8 @@ def load_streamed(
     """
     where = torch.device(device)
     check_streaming(how.place, weights, tensors, where, what)
-    if how.place == "off" or (how.place == "ram" and where.type == "cpu"):
+    lanes = lanes_of(where)
+    if how.place == "off" or (how.place == "ram" and lanes.is_host):
         log.info("streaming=%s changes nothing on %s", how.place, where)
         return load(where, dtype, operations, weights)
     source = None
@@ -89,9 +90,7 @@ def load_streamed(
     model.requires_grad_(False)
     resident = blocks_within(list(model.blocks), how.resident)
     place: Literal["ram", "disk"] = "disk" if how.place == "disk" else "ram"
-    model.set_streaming(
-        BlocksInTurn(list(model.blocks), lanes_of(where), place, source, slots=how.slots, resident=resident)
-    )
+    model.set_streaming(BlocksInTurn(list(model.blocks), lanes, place, source, slots=how.slots, resident=resident))
     return model
 
 

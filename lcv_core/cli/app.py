@@ -31,7 +31,7 @@ from lcv_core.cli.options import (
 from lcv_core.cli.train import list_recipes, train
 from lcv_core.errors import InputError
 from lcv_core.miniature import MINIATURE
-from lcv_core.names import Handover, Joint, RefineAttention
+from lcv_core.names import Handover, Joint, RefineAttention, Streaming
 
 app = typer.Typer(
     name="lcv",
@@ -87,7 +87,7 @@ def t2v(
 ) -> None:
     """Make a video from text."""
     job = _job("t2v", model, machine, output, sampling, prompts=_prompts(prompt), num_videos=num_videos)
-    _run(job, output, machine.device)
+    _run(job, output, machine.device, machine.text_cache)
 
 
 @app.command(epilog=example("lcv i2v -m MODEL -i girl.png -p 'she turns her head and smiles' -o girl.mp4"))
@@ -103,7 +103,7 @@ def i2v(
     job = _job(
         "i2v", model, machine, output, sampling, condition, prompts=_prompts(prompt), num_videos=num_videos, image=image
     )
-    _run(job, output, machine.device)
+    _run(job, output, machine.device, machine.text_cache)
 
 
 @app.command("continue", epilog=example("lcv continue clip.mp4 -m MODEL -p 'the motorcycle drives on' -o longer.mp4"))
@@ -118,7 +118,7 @@ def continue_(
         "continue", model, machine, output, sampling, condition, cont, prompts=_prompts(prompt),
         num_videos=num_videos, clip=clip,
     )  # fmt: skip
-    _run(job, output, machine.device)
+    _run(job, output, machine.device, machine.text_cache)
 
 
 @app.command(epilog=example("lcv long -m MODEL -p 'a train crosses a bridge' --segments 11 -o minute.mp4",
@@ -145,7 +145,7 @@ def long(
         "long", model, machine, output, sampling, condition, cont, prompts=_prompts(prompt), num_segments=segments,
         image=image, clip=clip, handover=handover,
     )  # fmt: skip
-    _run(job, output, machine.device)
+    _run(job, output, machine.device, machine.text_cache)
 
 
 @app.command(epilog=example("lcv refine clip.mp4 -m MODEL -o clip-720p.mp4",
@@ -193,7 +193,7 @@ def refine(
         refine_steps=steps, time_mapping=time_mapping, joint=joint, window=window,
         refine_attention=attention_pattern, height=height, width=width, seed=seed,
     )  # fmt: skip
-    _run(job, output, machine.device)
+    _run(job, output, machine.device, machine.text_cache)
 
 
 @app.command(epilog=example("lcv rerun cat.mp4", "lcv rerun cat.mp4 -m MODEL -o again.mp4"))
@@ -203,14 +203,20 @@ def rerun(
     output: Any,
     model: Annotated[Path | None, option("--model", "-m", panel="Model", help="Default: where it was.")] = None,
     device: Annotated[str, option("--device", panel="Machine", help="auto, cpu, cuda, ...")] = "auto",
+    stream: Annotated[
+        Streaming | None, option("--stream", panel="Machine", help="Where blocks wait; default: as then.")
+    ] = None,
+    text_cache: Annotated[
+        Path | None, option("--text-cache", panel="Machine", help="Folder that keeps encoded prompts.")
+    ] = None,
 ) -> None:
     """Repeat the job that made a file, from the settings it carries."""
     from lcv_core.cli.outputs import read_settings
 
     job = Job.from_metadata(read_settings(file), file)
     changes = {k: v for k in ("frame_rate", "crf") if (v := getattr(output, k)) is not None}
-    job = dataclasses.replace(job, model=str(model or job.model), **changes)
-    _run(job, output, device, made_by=file)
+    job = dataclasses.replace(job, model=str(model or job.model), stream=stream or job.stream, **changes)
+    _run(job, output, device, text_cache, made_by=file)
 
 
 @app.command(epilog=example("lcv inspect models/LongCat-Video", "lcv inspect some-lora.safetensors --json"))
@@ -297,6 +303,7 @@ def _job(
     values: dict[str, Any] = {
         "model": str(model.model or MINIATURE), "loras": [_lora(text) for text in model.lora or []],
         "attention": machine.attention, "dtype": machine.dtype, "weights": machine.weights, "tile": machine.tile,
+        "stream": machine.stream, "resident": machine.resident,
         "timestep_precision": machine.timestep_precision, "frame_rate": output.frame_rate, "crf": output.crf,
     }  # fmt: skip
     values |= {k: str(v) for k in ("vae", "text_encoder", "tokenizer") if (v := getattr(model, k)) is not None}
@@ -335,7 +342,7 @@ def _lora(text: str) -> Lora:
     return Lora(path, value, file_hash(Path(path)))
 
 
-def _run(job: Job, output: Any, device: str, made_by: Path | None = None) -> None:
+def _run(job: Job, output: Any, device: str, text_cache: Path | None, made_by: Path | None = None) -> None:
     """Carry out a job, checked as far as that goes before torch is imported."""
     from lcv_core.cli.outputs import check_place
 
@@ -349,5 +356,7 @@ def _run(job: Job, output: Any, device: str, made_by: Path | None = None) -> Non
     from lcv_core.cli.progress import Reporter
     from lcv_core.cli.run import Request, carry_out
 
-    request = Request(job, output.output, output.overwrite, device, any_seed=any_seed, made_by=made_by)
+    request = Request(
+        job, output.output, output.overwrite, device, any_seed=any_seed, made_by=made_by, text_cache=text_cache
+    )
     carry_out(request, Reporter())

@@ -21,6 +21,7 @@ from lcv_core.config import Native
 from lcv_core.dit.attention import resolve_backend
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.errors import InputError
+from lcv_core.files import prepare_target
 from lcv_core.miniature import MINIATURE, find_model
 from lcv_core.partial import fingerprint
 from lcv_core.pipelines.base import Components
@@ -32,6 +33,7 @@ from lcv_core.weights.checkpoint import Checkpoint, open_checkpoint, open_text_e
 from lcv_core.weights.lora import load_lora
 from lcv_core.weights.lora_read import read_lora
 from lcv_core.weights.quantised import check_weights
+from lcv_core.weights.streamed import check_streaming
 from lcv_core.weights.tensors import TensorSource
 
 log = logging.getLogger("lcv_core")
@@ -139,16 +141,22 @@ class Session:
     device: torch.device
     dtype: torch.dtype
     reporter: Reporter
+    text_cache: Path | None = None
 
     @classmethod
-    def open(cls, job: Job, checkpoint: Checkpoint, device: str, reporter: Reporter) -> Session:
-        """Checks everything that needs no weights."""
+    def open(
+        cls, job: Job, checkpoint: Checkpoint, device: str, reporter: Reporter, text_cache: Path | None = None
+    ) -> Session:
+        """Checks everything that needs no weights. text_cache: a folder for the states of prompts."""
+        if text_cache is not None:
+            prepare_target(text_cache / "states")
         where = pick_device(device)
         dtype = pick_dtype(job.dtype, where, checkpoint)
         # Refused here, with the reason, rather than after the text encoder has run.
         resolve_backend(job.attention, device=where, dtype=dtype, head_dim=checkpoint.dit_config.head_dim)
         check_weights(job.weights, checkpoint.dit_tensors, str(checkpoint.dit))
-        session = cls(job, checkpoint, where, dtype, reporter)
+        check_streaming(job.stream, job.weights, checkpoint.dit_tensors, where, str(checkpoint.dit))
+        session = cls(job, checkpoint, where, dtype, reporter, text_cache)
         session._check_adapters()
         return session
 
@@ -193,20 +201,22 @@ class Session:
         """
         self.reporter.say(f"seed {self.job.seed}")
         self.reporter.say(f"reading the prompt{'s' if len(prompts) > 1 else ''} ...")
-        encoder = self.checkpoint.load_text_encoder(device=self.device, dtype=self.dtype)
+        encoder = self.checkpoint.cached_text_encoder(device=self.device, dtype=self.dtype, cache=self.text_cache)
         negative = self.job.negative_prompt
         negative = DEFAULT_NEGATIVE_PROMPT if negative is None else negative
-        states = [encoder.encode([prompt]).to("cpu") for prompt in [*prompts, negative]]
-        del encoder
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        together = encoder.encode([*prompts, negative])
+        states = [together.select(i) for i in range(together.batch)]
         return states[:-1], states[-1]
 
     def components(self, stack: ExitStack) -> Components:
         """DiT, VAE and the job's LoRAs; these are taken off again when `stack` closes."""
         name = "the miniature (name another model with --model)" if self.job.model == MINIATURE else "the model"
         self.reporter.say(f"loading {name} on {self.device} in {str(self.dtype).removeprefix('torch.')} ...")
-        dit = self.checkpoint.load_dit(device=self.device, dtype=self.dtype, weights=self.job.weights)
+        dit = self.checkpoint.load_dit(
+            device=self.device, dtype=self.dtype, weights=self.job.weights, streaming=self.job.stream,
+            resident=int(self.job.resident * 1e9),
+        )  # fmt: skip
+        stack.callback(dit.stop_streaming)
         if self.job.timestep_precision != dit.config.timestep_precision:
             dit.config = dataclasses.replace(dit.config, timestep_precision=self.job.timestep_precision)
         dit.set_attention(self.job.attention)

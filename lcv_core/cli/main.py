@@ -126,7 +126,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         return _as_options(str(error)), FAILED
     if _is_out_of_memory(error):
         return (
-            "out of memory; try fewer --frames, a smaller --height and --width, --tile 256, or --cfg-mode sequential",
+            "out of memory; try fewer --frames, a smaller --height and --width, --tile 256, --cfg-mode sequential, or"
+            " --stream ram (disk where system memory ran out)",
             FAILED,
         )
     kind = type(error).__name__

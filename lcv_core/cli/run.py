@@ -57,7 +57,7 @@ class Request:
     """A job and how it is to be carried out here.
 
     output: None takes the next free name. any_seed: the user named no seed, so unfinished work of any may be finished.
-    made_by: the file the job was read from, whose weights it needs.
+    made_by: the file the job was read from, whose weights it needs. text_cache: a folder for the states of prompts.
     """
 
     job: Job
@@ -66,6 +66,7 @@ class Request:
     device: str
     any_seed: bool = False
     made_by: Path | None = None
+    text_cache: Path | None = None
 
 
 def carry_out(request: Request, reporter: Reporter) -> None:
@@ -89,7 +90,7 @@ def carry_out(request: Request, reporter: Reporter) -> None:
     rate = job.frame_rate or checkpoint.native.frame_rate * (2 if doubled else 1)
     crf = job.crf if job.crf is not None else (10 if job.task == "refine" else 18)
     target = Target(path, kind_of(path), rate, crf)
-    session = Session.open(job, checkpoint, request.device, reporter)
+    session = Session.open(job, checkpoint, request.device, reporter, request.text_cache)
     run = {"long": _run_long, "refine": _run_refine}.get(job.task)
     try:
         with ExitStack() as stack:

@@ -5,7 +5,8 @@
 
 What runs is what `lcv long` and `lcv refine` run, on the miniature that comes with the package: text encoder, sampling
 with the distilled schedule, KV cache, decoding, encoding the hand-over, latents and pieces of video written to disk,
-all joined at the end. Each job has a process of its own.
+all joined at the end. Each job has a process of its own. As many segments again, tiny ones, run with all calls of
+functions counted: that work of a segment does not grow can be seen on a busy machine too.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ HERE = Path(__file__).resolve().parent
 PROMPT = "a large red ball moves left on a dark blue background"
 COLUMNS = (
     "commit", "date", "device", "threads", "torch", "job", "part", "index", "cpu_s", "wall_s", "rss_mib", "tensors_mib",
-    "note",
+    "calls", "note",
 )  # fmt: skip
 WARM_UP = 2  # the first segment has no condition, the second builds the first KV cache
 COMPARED = 5
-SLACK = 0.03  # by how much the end may differ from the beginning
+SLACK = 0.03  # by how much the end may exceed the beginning
+SLACK_OF_CALLS = 0.001
+COUNTED = "counted"
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,27 @@ class Mark:
     wall: float
     rss: int
     tensors: int
+    calls: int = 0
+
+
+class Calls:
+    """Counts calls of functions, Python's and C's, while it is on. What is counted does not depend on other programs."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, frame: object, event: str, arg: object) -> None:
+        if event in ("call", "c_call"):
+            self.count += 1
 
 
 class Clock(Reporter):
     """Notes time and memory whenever a segment or a window has been written."""
 
-    def __init__(self) -> None:
+    def __init__(self, calls: Calls | None = None) -> None:
         super().__init__()
         self.marks: list[Mark] = []
+        self._calls = calls
         self._began = self._now_()
 
     def say(self, message: str) -> None:
@@ -79,9 +95,14 @@ class Clock(Reporter):
         self.mark(label.split(" ")[0].lower())
 
     def mark(self, part: str) -> None:
+        sys.setprofile(None)
         cpu, wall = (now - before for now, before in zip(self._now_(), self._began))
-        self.marks.append(Mark(part, cpu, wall, rss(), tensor_bytes()))
-        self._began = self._now_()  # counting is not part of the next segment
+        calls = self._calls.count if self._calls else 0
+        self.marks.append(Mark(part, cpu, wall, rss(), tensor_bytes(), calls))
+        self._began = self._now_()  # what was done here is not part of the next segment
+        if self._calls:
+            self._calls.count = 0
+            sys.setprofile(self._calls)
 
     @staticmethod
     def _now_() -> tuple[float, float]:
@@ -92,7 +113,7 @@ def tensor_bytes() -> int:
     """Bytes of all storages that a tensor known to Python is of."""
     found: dict[int, int] = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":  # isinstance would wake lazy ones
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
@@ -125,11 +146,11 @@ def refine_job(windows: int, tiny: bool, folder: Path) -> Job:
     )  # fmt: skip
 
 
-def run_job(name: str, count: int, tiny: bool) -> list[Mark]:
+def run_job(name: str, count: int, tiny: bool, counted: bool) -> list[Mark]:
     with tempfile.TemporaryDirectory(prefix="lcv-bench-") as temporary:
         folder = Path(temporary)
         job = long_job(count, tiny) if name == "long" else refine_job(count, tiny, folder)
-        clock = Clock()
+        clock = Clock(Calls() if counted else None)
         carry_out(Request(job, folder / "out.mp4", False, "cpu"), clock)
         clock.mark("end")
     return clock.marks
@@ -140,10 +161,12 @@ def run_job(name: str, count: int, tiny: bool) -> list[Mark]:
 
 def in_a_process(name: str, count: int, tiny: bool) -> list[Mark]:
     """A job's marks; it runs alone in a process, so that no other job's memory is in them."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--job", name, "--count", str(count)]
+    kind, counted = name.split(" ")[0], COUNTED in name
+    command = [sys.executable, str(Path(__file__).resolve()), "--job", kind, "--count", str(count)]
     # One thread: then processor time is the time that the job needs, whatever else the machine does.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *["--tiny"] * tiny], env=environment, capture_output=True, text=True)
+    options = ["--tiny"] * (tiny or counted) + ["--counted"] * counted
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{name} {count} failed:\n{done.stderr}")
     return [Mark(**values) for values in json.loads(done.stdout.splitlines()[-1])]
@@ -157,7 +180,7 @@ def rows_of(name: str, marks: Sequence[Mark], note: str) -> list[dict[str, str]]
     return [
         fixed | {
             "part": mark.part, "index": str(i), "cpu_s": f"{mark.cpu:.3f}", "wall_s": f"{mark.wall:.3f}",
-            "rss_mib": f"{mark.rss / MIB:.1f}", "tensors_mib": f"{mark.tensors / MIB:.2f}",
+            "rss_mib": f"{mark.rss / MIB:.1f}", "tensors_mib": f"{mark.tensors / MIB:.2f}", "calls": str(mark.calls),
         }
         for i, mark in enumerate(marks)
     ]  # fmt: skip
@@ -178,10 +201,10 @@ def goals_of(jobs: dict[tuple[str, int], list[Mark]]) -> list[Goal]:
             continue
         settled = parts[WARM_UP:]
         first, last = settled[:COMPARED], settled[-COMPARED:]
-        for what in ("cpu", "rss", "tensors"):
+        for what in ("calls",) if COUNTED in name else ("cpu", "rss", "tensors"):
             ratio = median(getattr(mark, what) for mark in last) / median(getattr(mark, what) for mark in first)
             text = f"{count} segments: {what} of the last {len(last)} over the first {len(first)} after the warm-up"
-            goals.append(Goal(text, ratio, most=1 + SLACK))
+            goals.append(Goal(text, ratio, most=1 + (SLACK_OF_CALLS if what == "calls" else SLACK)))
     if refined:
         few, many = min(refined), max(refined)
         text = f"refining: a window of {many} over one of {few}, processor time"
@@ -199,6 +222,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--note", default="", help="put into every row: say here what else the machine did")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of long_video.csv (default: beside this script)")
     parser.add_argument("--job", choices=("long", "refine"), help=argparse.SUPPRESS)  # a child: run it, print marks
+    parser.add_argument("--counted", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--count", type=int, default=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.segments is None:
@@ -215,7 +239,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     if args.job:
-        print(json.dumps([mark.__dict__ for mark in run_job(args.job, args.count, args.tiny)]))
+        print(json.dumps([mark.__dict__ for mark in run_job(args.job, args.count, args.tiny, args.counted)]))
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     note = "; ".join(filter(None, ["tiny" if args.tiny else "", args.note]))
@@ -223,13 +247,14 @@ def main() -> int:
     with (args.out / "long_video.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for name, count in [("long", args.segments), *(("refine", count) for count in args.windows)]:
+        long = [(name, args.segments) for name in ("long", f"long {COUNTED}")]
+        for name, count in [*long, *(("refine", count) for count in args.windows)]:
             jobs[name, count] = in_a_process(name, count, args.tiny)
             rows = rows_of(f"{name} {count}", jobs[name, count], note)
             writer.writerows(rows)
             file.flush()
             for row in rows:
-                print("  ".join(row[key] for key in COLUMNS[5:12]), flush=True)
+                print("  ".join(row[key] for key in COLUMNS[5:13]), flush=True)
     print_goals(goals_of(jobs))
     return 0
 

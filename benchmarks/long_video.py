@@ -63,7 +63,7 @@ class Mark:
 
 
 class Calls:
-    """Counts calls of functions, Python's and C's, while it is on. What is counted does not depend on other programs."""
+    """Counts calls of functions, Python's and C's, while it is on; other programs do not change the count."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from cases import TEXT_TOKENS
 from goals import Goal, print_goals
+from lcv_bsa.backends import rows as bsa_rows
 from measure import DTYPES, MIB, commit, device_name
 from parts import Grid, build
 
 from lcv_bsa import ops
-from lcv_bsa.backends import rows as bsa_rows
 from lcv_core.config import LONGCAT_VIDEO, WAN_VAE, BSAConfig, DiTConfig, TextConfig, VAEConfig
 from lcv_core.dit.rope import rope_table
 from lcv_core.live_bytes import LiveBytes

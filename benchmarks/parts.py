@@ -14,8 +14,7 @@ from torch import Tensor
 from lcv_core import layers
 from lcv_core.config import DiTConfig
 from lcv_core.dit import lean
-from lcv_core.dit.attention import resolve_backend
-from lcv_core.dit.embed import in_fp32, unpatchify
+from lcv_core.dit.embed import in_fp32, num_pads_as_one, unpatchify
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.dit.pieces import by_layer
 from lcv_core.quant import layers as quant_layers
@@ -148,8 +147,9 @@ class Ours:
     def __init__(self, model: LongCatDiT, job: Job, inputs: Inputs) -> None:
         self.model, self.job, self.inputs, self.config = model, job, inputs, model.config
         self.bsa = self.config.bsa if job.sparse else None
-        # What cross-attention reads of the text: one or two rows stand for all pads.
-        self.rows = model._rows_to_read(inputs.mask) + 2
+        # What cross-attention reads of the text: one row or two may stand for all pads.
+        read = model._rows_to_read(inputs.mask)
+        self.rows = read if read == TEXT_TOKENS else read + num_pads_as_one(model.dtype)
 
     def forward(self) -> Tensor:
         i = self.inputs
@@ -228,9 +228,3 @@ class Ours:
             "ffn": ffn,
             "block": lambda: block(x, tau, text, seq),
         }
-
-
-def dense_attention(name: str, config: DiTConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend as named, checked to run here; "auto" and the rest are those of lcv_core.dit.attention."""
-    resolve_backend(name, device=device, dtype=dtype, head_dim=config.head_dim)
-    return name

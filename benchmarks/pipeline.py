@@ -31,10 +31,11 @@ from ends import text_rows, vae_rows
 from goals import print_goals
 from measure import DTYPES, MIB, commit, device_name
 from parity import compare, noise_ratio, psnr
-from parts import FORMS, PLAIN, Absent, Inputs, Job, Ours, Part, build, build_quantised, dense_attention
+from parts import FORMS, PLAIN, Absent, Inputs, Job, Ours, Part, build, build_quantised
 from projection import assumptions, goals_of
 
 from lcv_core.config import LONGCAT_VIDEO, WAN_VAE, TextConfig
+from lcv_core.dit.attention import resolve_backend
 from lcv_core.errors import InputError
 from lcv_core.weights.init import PRESETS
 
@@ -154,18 +155,6 @@ def extrapolate(bench: Bench, found: dict[str, float | None], blocks: int, depth
         bench.add(part=name, ms=f"{whole:.5g}", extrapolated=f"{blocks} of {depth} blocks", **cells)
 
 
-def transformer(bench: Bench) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The stages of the transformer, the goals' own first."""
-    jobs = jobs_of(bench.args)
-    for job in sorted(jobs, key=lambda job: job.cached):
-        yield f"ours {job.name}", lambda job=job: plain_side(bench, job, "ours")
-        yield f"official {job.name}", lambda job=job: plain_side(bench, job, "official")
-    for form in FORMS:
-        for job in jobs:
-            yield f"{form} {job.name}", lambda job=job, form=form: eight_bits(bench, job, form)
-    yield "parity", lambda: parity_stage(bench, jobs)
-
-
 def plain_side(bench: Bench, job: Job, name: str) -> None:
     c, args = bench.clocks, bench.args
     cells = {"stage": "transformer", "job": job.name, "form": PLAIN, "side": name}
@@ -213,9 +202,17 @@ def parity_stage(bench: Bench, jobs: list[Job]) -> None:
 
 
 def stages(bench: Bench) -> Iterator[tuple[str, Callable[[], None]]]:
-    yield from transformer(bench)
+    """Name and work of each stage; what the goals need comes first."""
+    jobs = jobs_of(bench.args)
+    for job in jobs:
+        yield f"ours {job.name}", lambda job=job: plain_side(bench, job, "ours")
+        yield f"official {job.name}", lambda job=job: plain_side(bench, job, "official")
     yield "VAE", lambda: vae_rows(bench, bench.args.vae, bench.args.tiny)
     yield "text", lambda: text_rows(bench, bench.args.text, bench.args.tiny)
+    yield "parity", lambda: parity_stage(bench, jobs)
+    for form in FORMS:
+        for job in jobs:
+            yield f"{form} {job.name}", lambda job=job, form=form: eight_bits(bench, job, form)
 
 
 def parse() -> argparse.Namespace:
@@ -230,6 +227,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10, help="timed runs of a part, at most")
     parser.add_argument("--budget", type=float, default=480.0, help="seconds after which no further stage is begun")
     parser.add_argument("--only", default="", help="stages whose name contains this")
+    parser.add_argument("--goals", action="store_true", help="run nothing: the goals from the pipeline.csv in --out")
     parser.add_argument("--tiny", action="store_true", help="the tiny model and small clips on the CPU; proves nothing")
     args = parser.parse_args()
     if args.blocks < 1:
@@ -246,7 +244,9 @@ def prepare(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """The machine, and the configurations into `args`. SystemExit for what cannot be had here."""
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: this torch sees no CUDA GPU; try --device cpu --blocks 1 --frames 4, or --tiny")
+        raise SystemExit(
+            "--device cuda: this torch sees no CUDA GPU; try --device cpu --blocks 1 --frames 4, or --tiny"
+        )
     device = torch.device(name)
     dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if name == "cuda" else torch.float32
     tiny = PRESETS["tiny"]
@@ -256,9 +256,9 @@ def prepare(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     args.depth = config.depth
     args.config = dataclasses.replace(config, depth=min(args.blocks, config.depth))
     try:
-        args.attention = dense_attention(args.attention, config, device, dtype)
+        resolve_backend(args.attention, device=device, dtype=dtype, head_dim=config.head_dim)
     except InputError as error:
-        raise SystemExit(f"--attention {args.attention}: {error}") from None
+        raise SystemExit(f"--attention: {error}") from None
     return device, dtype
 
 
@@ -281,23 +281,31 @@ def run(bench: Bench) -> None:
         bench.free()
 
 
-def main() -> int:
-    args = parse()
-    device, dtype = prepare(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    clocks = Clocks(device, dtype, args.repeats, seconds=0.1 if args.tiny else 4.0, side=128 if args.tiny else 0)
-    with (args.out / "pipeline.csv").open("w", newline="", encoding="utf-8") as file:
-        bench = Bench(args, clocks, file)
-        run(bench)
-    full = not (args.tiny or args.frames)
-    goals = goals_of(bench.rows, full)
-    said = assumptions(args.blocks, args.depth)
-    ceilings = {"flops": clocks.rates, "bytes_per_second": clocks.bandwidth}
+def summary(args: argparse.Namespace, rows: list[Row], ceilings: dict[str, Any]) -> None:
+    """The goals, on the screen and with everything else in pipeline.json."""
+    goals = goals_of(rows, full=not (args.tiny or args.frames))
+    said = assumptions(args.blocks, LONGCAT_VIDEO.depth)
     verdicts = [dataclasses.asdict(goal) | {"verdict": goal.verdict} for goal in goals]
-    content = {"rows": bench.rows, "goals": verdicts, "assumptions": said, "ceilings": ceilings}
+    content = {"rows": rows, "goals": verdicts, "assumptions": said, "ceilings": ceilings}
     (args.out / "pipeline.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     print_goals(goals)
     print("assumed:", *said, sep="\n  ")
+
+
+def main() -> int:
+    args = parse()
+    path = args.out / "pipeline.csv"
+    if args.goals:
+        with path.open(newline="", encoding="utf-8") as file:
+            summary(args, list(csv.DictReader(file)), {})
+        return 0
+    device, dtype = prepare(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    clocks = Clocks(device, dtype, args.repeats, seconds=0.1 if args.tiny else 4.0, side=128 if args.tiny else 0)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        bench = Bench(args, clocks, file)
+        run(bench)
+    summary(args, bench.rows, {"flops": clocks.rates, "bytes_per_second": clocks.bandwidth})
     return 0
 
 

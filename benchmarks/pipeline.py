@@ -73,11 +73,18 @@ class Bench:
         self.writer.writeheader()
 
     @property
+    def sizes(self) -> str:
+        """What every row of this run says about its shapes."""
+        frames = f"{self.args.frames} latent frames alone" if self.args.frames else "real shapes"
+        return "tiny shapes" if self.args.tiny else frames
+
+    @property
     def left(self) -> float:
         return self.args.until - time.monotonic()
 
     def add(self, **cells: str) -> None:
         row = dict.fromkeys(COLUMNS, "") | self.fixed | {"status": "ok"} | cells
+        row["note"] = "; ".join(filter(None, [row["note"], self.sizes]))
         self.rows.append(row)
         self.writer.writerow(row)
         self.file.flush()

@@ -52,16 +52,22 @@ def figure(size: tuple[float, float], columns: int) -> tuple[Any, Any]:
 
 def draw_pipeline(rows: Sequence[Row], out: Path) -> Path:
     timed = [row for row in rows if row["stage"] == "transformer" and row["status"] == "ok" and row["ms"]]
-    cases = list(dict.fromkeys((row["job"], row["side"], row["form"]) for row in timed))
+    cases = list(dict.fromkeys((row["job"], row["side"], row["form"]) for row in timed if _is_part(row)))
     fig, (times, limits) = figure((14, 1.5 + 0.5 * len(cases)), 2)
     names = list(dict.fromkeys(row["part"] for row in timed if _is_part(row)))
     values = {(row["job"], row["side"], row["form"], row["part"]): row for row in timed}
+
+    def ms(case: tuple[str, str, str], part: str) -> float:
+        """What eight bits do not change was timed in the plain form alone."""
+        row = values.get((*case, part)) or values.get((*case[:2], "plain", part))
+        return float(row["ms"]) if row else 0.0
+
     left = [0.0] * len(cases)
     for name in names:
-        widths = [float(values.get((*case, name), {}).get("ms", 0.0)) for case in cases]
+        widths = [ms(case, name) for case in cases]
         times.barh(range(len(cases)), widths, left=left, label=name)
         left = [a + b for a, b in zip(left, widths)]
-    blocks = [float(values.get((*case, "block"), {}).get("ms", 0.0)) for case in cases]
+    blocks = [ms(case, "block") for case in cases]
     times.plot(blocks, range(len(cases)), "k|", markersize=14, label="the block itself")
     times.set(xlabel="ms of one block", title="parts of a block")
     height = 0.8 / max(1, len(names))
@@ -69,13 +75,14 @@ def draw_pipeline(rows: Sequence[Row], out: Path) -> Path:
         shares = [float(values.get((*case, name), {}).get("of_limit") or 0.0) for case in cases]
         limits.barh([y + (i - len(names) / 2) * height for y in range(len(cases))], shares, height, label=name)
     limits.axvline(1, color="grey", linewidth=1)
-    limits.set(xlabel="measured limit of the device / time", title="how near each part is to its limit")
+    limits.set(xlim=(0, 1.2), xlabel="measured limit of the device / time", title="how near each part is to its limit")
     for axes in (times, limits):
         axes.set_yticks(range(len(cases)), [" ".join(case) for case in cases], fontsize=8)
         axes.invert_yaxis()
     times.legend(fontsize=7, ncols=2)
     first = rows[0]
-    fig.suptitle(f"{first['device']}, {first['dtype']}, torch {first['torch']}, {first['commit']}")
+    words = [first["device"], first["dtype"], f"torch {first['torch']}", first["commit"], first["note"].split("; ")[-1]]
+    fig.suptitle(", ".join(words))
     fig.savefig(out / "pipeline.png", dpi=110)
     return out / "pipeline.png"
 

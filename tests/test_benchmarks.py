@@ -1,4 +1,4 @@
-"""The benchmark scripts run to the end, write what they say, and judge their own numbers rightly; no time is asserted."""
+"""The benchmark scripts run to the end, write what they say, and judge their own numbers rightly; no time is tested."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_projected_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdicts["DiT step of refine at 720p, both sparse, plain"] == "met"  # 1.6
     assert verdicts["DiT step of refine at 720p, both sparse, ours fp8"] == "unknown"
     assert verdicts["480p93 -> 720p189 clip, plain, 480p sparse"] == "met"
-    assert set(goal.verdict for goal in projection.goals_of(rows, full=False)) == {"unknown"}
+    assert {goal.verdict for goal in projection.goals_of(rows, full=False)} == {"unknown"}
 
 
 @pytest.mark.slow

@@ -205,7 +205,7 @@ def goals_of(jobs: dict[tuple[str, int], list[Mark]]) -> list[Goal]:
             ratio = median(getattr(mark, what) for mark in last) / median(getattr(mark, what) for mark in first)
             text = f"{count} segments: {what} of the last {len(last)} over the first {len(first)} after the warm-up"
             goals.append(Goal(text, ratio, most=1 + (SLACK_OF_CALLS if what == "calls" else SLACK)))
-    if refined:
+    if len(refined) > 1:
         few, many = min(refined), max(refined)
         text = f"refining: a window of {many} over one of {few}, processor time"
         goals.append(Goal(text, refined[many] / refined[few], most=1 + SLACK))
@@ -218,6 +218,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--segments", type=int, help="of the long video (default 60)")
     parser.add_argument("--windows", type=int, nargs="*", help="refine jobs, each by its windows (default 2 4 8)")
+    parser.add_argument("--only", nargs="+", choices=("long", COUNTED, "refine"), default=("long", COUNTED, "refine"))
+    parser.add_argument("--append", action="store_true", help="add rows to the CSV that is there")
     parser.add_argument("--tiny", action="store_true", help="few segments and small frames; proves nothing")
     parser.add_argument("--note", default="", help="put into every row: say here what else the machine did")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of long_video.csv (default: beside this script)")
@@ -244,11 +246,16 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     note = "; ".join(filter(None, ["tiny" if args.tiny else "", args.note]))
     jobs: dict[tuple[str, int], list[Mark]] = {}
-    with (args.out / "long_video.csv").open("w", newline="", encoding="utf-8") as file:
+    path = args.out / "long_video.csv"
+    new = not (args.append and path.exists())
+    wanted = [("long", args.segments), (f"long {COUNTED}", args.segments), *(("refine", n) for n in args.windows)]
+    with path.open("w" if new else "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        long = [(name, args.segments) for name in ("long", f"long {COUNTED}")]
-        for name, count in [*long, *(("refine", count) for count in args.windows)]:
+        if new:
+            writer.writeheader()
+        for name, count in wanted:
+            if name.split(" ")[-1] not in args.only:
+                continue
             jobs[name, count] = in_a_process(name, count, args.tiny)
             rows = rows_of(f"{name} {count}", jobs[name, count], note)
             writer.writerows(rows)

@@ -39,7 +39,7 @@ from lcv_core.video_io import write_video
 
 HERE = Path(__file__).resolve().parent
 PROMPT = "a large red ball moves left on a dark blue background"
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "commit", "date", "device", "threads", "torch", "job", "part", "index", "cpu_s", "wall_s", "rss_mib", "tensors_mib",
     "calls", "note",
 )  # fmt: skip

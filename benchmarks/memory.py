@@ -42,7 +42,7 @@ from lcv_core.weights.init import PRESETS
 
 HERE = Path(__file__).resolve().parent
 OVER = 1.10  # how far the planner may be above what is alive; never below it
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "commit", "date", "device", "torch", "row", "job", "stage", "shape", "dtype", "planned_mib", "counted_mib", "ratio",
     "weights_mib", "kv_cache_mib", "note",
 )  # fmt: skip
@@ -84,8 +84,8 @@ class Machine:
         self.device, self.dtype = device, dtype
         if device.type == "cpu":
             # Operators as plain functions: what is alive inside them is seen.
-            torch.ops.lcv_bsa.select = ops._select._init_fn
-            torch.ops.lcv_bsa.attention = ops._attention._init_fn
+            namespace: Any = torch.ops.lcv_bsa
+            namespace.select, namespace.attention = ops._select._init_fn, ops._attention._init_fn
 
     def peak(self, run: Callable[[], object]) -> int:
         gc.collect()

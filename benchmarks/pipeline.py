@@ -48,7 +48,7 @@ JOBS = {
 TINY_GRIDS = {"t2v": (4, 4, 6), "refine": (8, 8, 12), "continue": (6, 4, 6)}
 # What eight bits change; the rest is the plain form's.
 LINEAR_PARTS = ("qkv", "proj", "cross", "ffn", "block", "step")
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "commit", "date", "device", "torch", "dtype", "stage", "job", "form", "side", "part", "shape", "runs", "ms", "min",
     "max", "limit_ms", "of_limit", "peak_mib", "status", "extrapolated", "note",
 )  # fmt: skip

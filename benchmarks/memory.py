@@ -42,6 +42,7 @@ from lcv_core.weights.init import PRESETS
 
 HERE = Path(__file__).resolve().parent
 OVER = 1.10  # how far the planner may be above what is alive; never below it
+GROUPS = ("transformer", "vae", "text", "planned")
 COLUMNS: tuple[str, ...] = (
     "commit", "date", "device", "torch", "row", "job", "stage", "shape", "dtype", "planned_mib", "counted_mib", "ratio",
     "weights_mib", "kv_cache_mib", "note",
@@ -195,7 +196,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=HERE, help="folder of memory.csv (default: beside this script)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
-    parser.add_argument("--only", default="", help="cases whose job or stage contains this")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="some of the rows (default: all)")
+    parser.add_argument("--append", action="store_true", help="add rows to the CSV that is there")
     parser.add_argument("--tiny", action="store_true", help="the tiny model on the CPU; its ratios say nothing")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -206,9 +208,12 @@ def parse() -> argparse.Namespace:
 def cases_of(args: argparse.Namespace, m: Machine) -> Iterator[Case]:
     tiny = PRESETS["tiny"]
     sizes = TINY if args.tiny else FEW if m.device.type == "cpu" else FULL
-    yield from transformer_cases(tiny.dit if args.tiny else LONGCAT_VIDEO, sizes, m)
-    yield from vae_cases(tiny.vae if args.tiny else WAN_VAE, sizes, m)
-    yield from text_cases(tiny.text if args.tiny else TextConfig(), m)
+    if "transformer" in args.only:
+        yield from transformer_cases(tiny.dit if args.tiny else LONGCAT_VIDEO, sizes, m)
+    if "vae" in args.only:
+        yield from vae_cases(tiny.vae if args.tiny else WAN_VAE, sizes, m)
+    if "text" in args.only:
+        yield from text_cases(tiny.text if args.tiny else TextConfig(), m)
 
 
 def main() -> int:
@@ -220,12 +225,13 @@ def main() -> int:
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     goals: list[Goal] = []
-    with (args.out / "memory.csv").open("w", newline="", encoding="utf-8") as file:
+    path = args.out / "memory.csv"
+    new = not (args.append and path.exists())
+    with path.open("w" if new else "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
+        if new:
+            writer.writeheader()
         for case in cases_of(args, m):
-            if args.only not in case.job and args.only not in case.stage:
-                continue
             counted = m.peak(case.run)
             ratio = case.planned / counted
             goals.append(Goal(f"{case.job}, {case.stage}: planned over counted", ratio, least=1.0, most=OVER))
@@ -238,7 +244,7 @@ def main() -> int:
             writer.writerow(fixed | row)
             file.flush()
             print("  ".join(row.values()), flush=True)
-        for row in planned_rows():
+        for row in planned_rows() if "planned" in args.only else ():
             writer.writerow(fixed | row)
             print("  ".join(row.values()), flush=True)
     print_goals(goals)

@@ -370,6 +370,7 @@ _OTHER: dict[str, Any] = {
 # What does not change the latents: where things are, and the form of the output.
 _FORM: dict[str, Any] = {
     "model": "n", "vae": "v", "text_encoder": "t", "tokenizer": "k", "frame_rate": 30.0, "crf": 30.0, "keep": "new",
+    "stream": "disk", "resident": 2.0,
 }  # fmt: skip
 
 

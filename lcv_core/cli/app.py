@@ -31,7 +31,7 @@ from lcv_core.cli.options import (
 from lcv_core.cli.train import list_recipes, train
 from lcv_core.errors import InputError
 from lcv_core.miniature import MINIATURE
-from lcv_core.names import Handover, Joint, RefineAttention
+from lcv_core.names import Handover, Joint, RefineAttention, Streaming
 
 app = typer.Typer(
     name="lcv",
@@ -203,13 +203,16 @@ def rerun(
     output: Any,
     model: Annotated[Path | None, option("--model", "-m", panel="Model", help="Default: where it was.")] = None,
     device: Annotated[str, option("--device", panel="Machine", help="auto, cpu, cuda, ...")] = "auto",
+    stream: Annotated[
+        Streaming | None, option("--stream", panel="Machine", help="Where blocks wait; default: as then.")
+    ] = None,
 ) -> None:
     """Repeat the job that made a file, from the settings it carries."""
     from lcv_core.cli.outputs import read_settings
 
     job = Job.from_metadata(read_settings(file), file)
     changes = {k: v for k in ("frame_rate", "crf") if (v := getattr(output, k)) is not None}
-    job = dataclasses.replace(job, model=str(model or job.model), **changes)
+    job = dataclasses.replace(job, model=str(model or job.model), stream=stream or job.stream, **changes)
     _run(job, output, device, made_by=file)
 
 
@@ -297,6 +300,7 @@ def _job(
     values: dict[str, Any] = {
         "model": str(model.model or MINIATURE), "loras": [_lora(text) for text in model.lora or []],
         "attention": machine.attention, "dtype": machine.dtype, "weights": machine.weights, "tile": machine.tile,
+        "stream": machine.stream, "resident": machine.resident,
         "timestep_precision": machine.timestep_precision, "frame_rate": output.frame_rate, "crf": output.crf,
     }  # fmt: skip
     values |= {k: str(v) for k in ("vae", "text_encoder", "tokenizer") if (v := getattr(model, k)) is not None}

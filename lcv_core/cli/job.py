@@ -27,6 +27,7 @@ from lcv_core.names import (
     Precision,
     RefineAttention,
     Schedule,
+    Streaming,
     Task,
     TimestepPrecision,
     Weights,
@@ -97,6 +98,7 @@ class Lora:
 class Job:
     """What is computed, without where it goes. Fields are None where the checkpoint's native value is meant.
 
+    stream, resident: where the transformer's blocks wait, and GB of them that stay on the device; the same numbers.
     model_hash: of the transformer. part_hashes: of whatever else of the checkpoint decides the numbers.
     """
 
@@ -141,6 +143,8 @@ class Job:
     refine_attention: RefineAttention = "sparse"
     dtype: Precision = "auto"
     weights: Weights = "plain"
+    stream: Streaming = "off"
+    resident: float = 0.0
     timestep_precision: TimestepPrecision = "model"
     tile: int = 0
     frame_rate: float | None = None
@@ -209,6 +213,8 @@ class Job:
             raise InputError(f"--crf must be from 0 (best) to 51, got {self.crf}")
         if self.frame_rate is not None and not 0.1 <= self.frame_rate <= 1000:
             raise InputError(f"--frame-rate must be from 0.1 to 1000, got {self.frame_rate}")
+        if not 0 <= self.resident < math.inf:
+            raise InputError(f"--resident must be 0 or more GB, got {self.resident}")
         if self.tile < 0 or self.tile % TILE_MULTIPLE:
             near = max(1, round(self.tile / TILE_MULTIPLE)) * TILE_MULTIPLE
             raise InputError(f"--tile must be a multiple of {TILE_MULTIPLE}, got {self.tile}; try {near}")
@@ -234,7 +240,7 @@ class Job:
 
     def key(self) -> str:
         """Identifies unfinished work of this job: same key, same numbers."""
-        ignored = {"frame_rate", "crf", "keep", "model", "vae", "text_encoder", "tokenizer"}
+        ignored = {"frame_rate", "crf", "keep", "model", "vae", "text_encoder", "tokenizer", "stream", "resident"}
         data = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
         for name in ("image", "clip", "cond_video"):  # what they hold counts, not where they are
             data[name] = data[name] and data[name]["sha256"]

@@ -32,6 +32,7 @@ from lcv_core.weights.checkpoint import Checkpoint, open_checkpoint, open_text_e
 from lcv_core.weights.lora import load_lora
 from lcv_core.weights.lora_read import read_lora
 from lcv_core.weights.quantised import check_weights
+from lcv_core.weights.streamed import check_streaming
 from lcv_core.weights.tensors import TensorSource
 
 log = logging.getLogger("lcv_core")
@@ -148,6 +149,7 @@ class Session:
         # Refused here, with the reason, rather than after the text encoder has run.
         resolve_backend(job.attention, device=where, dtype=dtype, head_dim=checkpoint.dit_config.head_dim)
         check_weights(job.weights, checkpoint.dit_tensors, str(checkpoint.dit))
+        check_streaming(job.stream, job.weights, checkpoint.dit_tensors, where, str(checkpoint.dit))
         session = cls(job, checkpoint, where, dtype, reporter)
         session._check_adapters()
         return session
@@ -206,7 +208,11 @@ class Session:
         """DiT, VAE and the job's LoRAs; these are taken off again when `stack` closes."""
         name = "the miniature (name another model with --model)" if self.job.model == MINIATURE else "the model"
         self.reporter.say(f"loading {name} on {self.device} in {str(self.dtype).removeprefix('torch.')} ...")
-        dit = self.checkpoint.load_dit(device=self.device, dtype=self.dtype, weights=self.job.weights)
+        dit = self.checkpoint.load_dit(
+            device=self.device, dtype=self.dtype, weights=self.job.weights, streaming=self.job.stream,
+            resident=int(self.job.resident * 1e9),
+        )  # fmt: skip
+        stack.callback(dit.stop_streaming)
         if self.job.timestep_precision != dit.config.timestep_precision:
             dit.config = dataclasses.replace(dit.config, timestep_precision=self.job.timestep_precision)
         dit.set_attention(self.job.attention)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from lcv_core.cli.job import Keep
-from lcv_core.names import CfgMode, CfgScope, Fit, Posterior, Precision, Schedule, TimestepPrecision, Weights
+from lcv_core.names import CfgMode, CfgScope, Fit, Posterior, Precision, Schedule, Streaming, TimestepPrecision, Weights
 
 
 def option(*names: str, help: str, panel: str, **rest: Any) -> Any:
@@ -62,6 +62,17 @@ class MachineOptions:
             " quantised while loading; -matmul: multiplied in 8 bits too.",
         ),
     ] = "plain"  # fmt: skip
+    stream: Annotated[
+        Streaming,
+        option(
+            "--stream", panel=MACHINE,
+            help="For a model that does not fit: its blocks wait in system memory (ram) or in their files (disk) and"
+            " come one by one. Same numbers.",
+        ),
+    ] = "off"  # fmt: skip
+    resident: Annotated[
+        float, option("--resident", panel=MACHINE, min=0, help="With --stream: GB of blocks that stay on the device.")
+    ] = 0.0
     attention: Annotated[
         str, option("--attention", panel=MACHINE, help="auto, sdpa, flash2, flash3, sage, xformers or bsa.")
     ] = "auto"

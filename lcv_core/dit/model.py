@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,13 @@ from lcv_core.names import CachePlace, CacheStorage
 from lcv_core.shapes import ceil_to, token_grid
 
 log = logging.getLogger("lcv_core")
+
+
+class BlocksInTurn(Protocol):
+    """Blocks that are there while it is their turn: `lcv_core.offload.turns`."""
+
+    def __iter__(self) -> Iterator[nn.Module]: ...
+    def close(self) -> None: ...
 
 
 class LongCatDiT(nn.Module):
@@ -67,6 +74,7 @@ class LongCatDiT(nn.Module):
         self._kernels = "auto"
         self._cache_storage: CacheStorage = "model"
         self._cache_place: CachePlace = "device"
+        self._in_turn: BlocksInTurn | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,6 +106,16 @@ class LongCatDiT(nn.Module):
         """How `build_kv_cache` keeps keys and values from now on: see `KVCache`. Raises InputError for other names."""
         KVCache(storage, place)
         self._cache_storage, self._cache_place = storage, place
+
+    def set_streaming(self, in_turn: BlocksInTurn | None) -> None:
+        """Take the blocks from what makes each of them ready for its turn, once for every forward; None: all of them
+        are ready. No gradient is kept with it."""
+        self._in_turn = in_turn
+
+    def stop_streaming(self) -> None:
+        """End the thread that reads ahead, if there is one; a streamed model cannot be run after that."""
+        if self._in_turn is not None:
+            self._in_turn.close()
 
     def forward(
         self,
@@ -154,13 +172,18 @@ class LongCatDiT(nn.Module):
         seq = self._sequence(grid, num_cond_latents, kv_cache is not None, bsa, x, text_bias)
         timestep = self._per_frame(timestep.to(latents.device), grid[0])
         if self._keeps_gradients(x, text):
+            if self._in_turn is not None:
+                raise InputError('a streamed model keeps no gradients; load it with streaming="off", or use no_grad')
             tau = self.t_embedder(timestep.flatten()).unflatten(0, (-1, grid[0]))
         else:
             x = x.contiguous()  # it is what all blocks write to
             tau, seq = self._lean(x, timestep, seq, kv_cache)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self._blocks_in_turn()):
             x = block(x, tau, text, seq, None if kv_cache is None else kv_cache.layer(i), keep)
         return unpatchify(self.final_layer(x, tau, seq.lean), grid, config.patch_size)
+
+    def _blocks_in_turn(self) -> Iterable[nn.Module]:
+        return self.blocks if self._in_turn is None else self._in_turn
 
     def _keeps_gradients(self, x: Tensor, text: Tensor | Sequence[Tensor] | None) -> bool:
         """Whether a backward pass may follow. Tensors without data go its way too: they have no timesteps to share."""

@@ -16,7 +16,7 @@ import torch
 from lcv_core.config import DiTConfig, Native, TextConfig, VAEConfig, read_json
 from lcv_core.errors import CheckpointError, InputError
 from lcv_core.miniature import find_model
-from lcv_core.names import Weights
+from lcv_core.names import Streaming, Weights
 from lcv_core.weights.assemble import Assembly, assemble, load_strictly
 from lcv_core.weights.gguf import T5_ENCODER, restore_patch
 from lcv_core.weights.infer import check_dit_config, infer_dit_config, infer_text_config, infer_vae_config
@@ -98,24 +98,44 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         operations: Any = None,
         weights: Weights = "plain",
+        streaming: Streaming = "off",
+        slots: int = 2,
+        resident: int = 0,
     ) -> LongCatDiT:
         """The transformer in eval mode, in `dtype` or as stored (quantised weights, GGUF's too, as bf16).
 
         operations: layer namespace for the model (see LongCatDiT); only for plain weights. weights: how the large
-        matrices are kept, see `lcv_core.weights.quantised`; what stays plain is in `dtype`.
+        matrices are kept, see `lcv_core.weights.quantised`; what stays plain is in `dtype`. streaming, slots, resident:
+        where the blocks are kept, see `lcv_core.weights.streamed`.
         Raises CheckpointError on any mismatch.
         """
+        from lcv_core.weights.streamed import Streamed, load_streamed
+
+        if streaming != "off":
+            how = Streamed(streaming, slots, resident)
+            return load_streamed(
+                self._load_dit, self.dit_tensors, how, weights, str(self.dit), device, dtype, operations
+            )
+        return self._load_dit(device, dtype, operations, weights)
+
+    def _load_dit(
+        self, device: Device, dtype: torch.dtype | None, operations: Any, weights: Weights,
+        hold_on: Device | None = None,
+    ) -> LongCatDiT:  # fmt: skip
+        """hold_on: see `load_quantised`."""
         from lcv_core.dit.model import LongCatDiT
         from lcv_core.weights.quantised import load_quantised
 
+        what = str(self.dit)
         if weights != "plain":
             if operations is not None:
                 raise InputError(f"weights={weights} comes with layers of its own; leave out operations")
             return load_quantised(
-                self.dit_config, self.dit_tensors, weights, what=str(self.dit), device=device, dtype=dtype
+                self.dit_config, self.dit_tensors, weights, what=what, device=device, dtype=dtype, hold_on=hold_on
             )
         model = LongCatDiT(self.dit_config, operations=operations, device="meta", dtype=dtype)
-        load_strictly(model, self.dit_tensors, what=str(self.dit), device=device, dtype=dtype)
+        hold_on = device if hold_on is None else hold_on
+        load_strictly(model, self.dit_tensors, what=what, device=hold_on, dtype=dtype)
         return model.eval()
 
     def load_vae(self, *, device: Device = "cpu", dtype: torch.dtype | None = None, operations: Any = None) -> WanVAE:

@@ -38,6 +38,7 @@ from lcv_core.planning.settings import Settings, sentence
 
 QUALITY: tuple[Weights, ...] = ("plain", "q8_0", "int8", "fp8", "q5_k", "q4_k")
 EIGHT_BITS: tuple[Weights, ...] = ("plain", "q8_0", "int8", "fp8")
+AS_STORED: tuple[Weights, ...] = ("plain", "stored")  # what can be read from disk anew for every pass
 TILES = (0, 512, 256, 128)  # pixels; 384 would need more than 512 does, for its overlaps
 PATIENCE = 2.0
 ALIKE = 1.25
@@ -165,6 +166,8 @@ class Planner:
         """Every combination of what concerns the transformer, each with the tile and text device that go with it."""
         options = (self._weights(), self._streams(), self._options("cache_storage"), self._options("cache_place"))
         for weights, stream, storage, place in product(*options):
+            if stream == "disk" and weights not in AS_STORED:
+                continue
             settings = Settings(
                 weights=weights, stream=stream, cache_storage=storage, cache_place=place, window=window,
                 cfg_mode=self.fixed.get("cfg_mode", "sequential"),
@@ -189,7 +192,7 @@ class Planner:
     def _streams(self) -> Iterable[Any]:
         if "stream" in self.fixed:
             return [self.fixed["stream"]]
-        return ("off", "disk") if self.machine.device == "cpu" else ("off", "ram", "disk")
+        return ("off",) if self.machine.device == "cpu" else ("off", "ram", "disk")
 
     def _options(self, name: str) -> Iterable[Any]:
         """How a KV cache may be kept, where there is one."""

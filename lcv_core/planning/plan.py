@@ -23,6 +23,7 @@ from lcv_core.planning.vae import decode_bytes, encode_bytes, vae_parameters
 from lcv_core.shapes import SPACE_FACTOR, latent_shape, num_latents, num_pixel_frames
 
 
+_STAGED = 2  # blocks in system memory on their way from disk: one that is read, one that is copied
 STREAM_SLOTS = 2  # blocks on the device where they are streamed: the one that computes, and the next on its way
 
 
@@ -86,7 +87,9 @@ class Models:
         """Bytes of system memory that streaming takes: the blocks that wait, or those that are read from disk."""
         if job.stream == "off" or job.device == "cpu":
             return 0
-        return self.block(job) * (self.dit.depth if job.stream == "ram" else min(self.dit.depth, STREAM_SLOTS))
+        if job.stream == "ram":
+            return self.block(job) * (self.dit.depth + 1)  # one more, while it is copied to where it waits
+        return self.block(job) * _STAGED
 
     def vae_weights(self, job: Job) -> int:
         return vae_parameters(self.vae) * ITEMSIZE[job.vae_dtype]

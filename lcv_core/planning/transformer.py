@@ -133,7 +133,8 @@ def forward_moments(
     piece, hidden = batch * step * C * itemsize, batch * step * config.ffn_dim * itemsize
     normed = elements_step(C, where) * C
     modulation = _TIMESTEPS * 6 * C * FP32
-    apart = cached or device == "cpu"  # keys and values of all layers go through one room
+    # Keys and values of all layers go through one room: `dit.model._wants_room`.
+    apart = cached or device == "cpu" or adapters
     room = 2 * batch * all_keys * C * itemsize if apart else 0
     always = all_keys * D * FP32 + text + _TIMESTEPS * config.adaln_tembed_dim * FP32 + modulation + room
     always += 8 * batch * T  # which frame has which timestep

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -37,7 +37,6 @@ from lcv_core.planning.seconds import Work, stage_seconds
 from lcv_core.planning.settings import Settings, sentence
 
 QUALITY: tuple[Weights, ...] = ("plain", "q8_0", "int8", "fp8", "q5_k", "q4_k")
-EIGHT_BITS: tuple[Weights, ...] = ("plain", "q8_0", "int8", "fp8")
 AS_STORED: tuple[Weights, ...] = ("plain", "stored")  # what can be read from disk anew for every pass
 TILES = (0, 512, 256, 128)  # pixels; 384 would need more than 512 does, for its overlaps
 PATIENCE = 2.0
@@ -84,16 +83,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Planner:
-    """A job on a machine. fixed: settings that the user has chosen, by name; they are never changed."""
+    """A job on a machine. fixed: settings that the user has chosen, by name; they are never changed. forms: of the
+    weights, those to choose from."""
 
     job: Job
     models: Models
     machine: Machine
-    work: Work = Work()
-    fixed: Fixed = None  # type: ignore[assignment]  # set below
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "fixed", dict(self.fixed or {}))
+    work: Work = field(default_factory=Work)
+    fixed: Fixed = field(default_factory=dict)
+    forms: tuple[Weights, ...] = QUALITY
 
     def plan(self, settings: Settings) -> Plan:
         job = settings.applied(self.job)
@@ -132,15 +130,15 @@ class Planner:
 
     def refusal(self) -> str:
         """Why nothing fits: the stage that is nearest to fitting, in its smallest form."""
-        smallest = min(
-            (choice for window in self._windows() for choice in self._choices(window)), key=lambda c: self._missing(c)[1]
-        )
+        choices = (choice for window in self._windows() for choice in self._choices(window))
+        smallest = min(choices, key=lambda choice: self._missing(choice)[1])
         stage, missing = self._missing(smallest)
         where = "system memory" if self.machine.device == "cpu" or stage.vram <= self.machine.free else "its memory"
         return (
             f"this job does not fit on {self.machine.name}: even with {sentence(_all(smallest.settings))} {stage.name}"
             f" misses {size_text(missing)} of {where} ({size_text(self.machine.free)} free on the device,"
-            f" {size_text(self.machine.ram)} of system memory); ask for fewer --frames or a smaller --height and --width"
+            f" {size_text(self.machine.ram)} of system memory); ask for fewer --frames or a smaller --height"
+            " and --width, or try it all the same with --memory given"
         )
 
     def _missing(self, choice: Choice) -> tuple[StageNeed, int]:
@@ -187,7 +185,7 @@ class Planner:
     def _weights(self) -> Iterable[Weights]:
         if "weights" in self.fixed:
             return [self.fixed["weights"]]
-        return QUALITY
+        return self.forms
 
     def _streams(self) -> Iterable[Any]:
         if "stream" in self.fixed:
@@ -214,14 +212,15 @@ def _all(settings: Settings) -> dict[str, Any]:
 
 
 def _by_quality(choices: list[Choice]) -> list[Choice]:
-    patient = PATIENCE * min((c.seconds for c in choices if c.settings.weights in EIGHT_BITS), default=math.inf)
+    large = [c.seconds for c in choices if c.settings.weights not in ("q5_k", "q4_k")]
+    patient = PATIENCE * min(large, default=math.inf)
     quickest: dict[Any, float] = {}
     for choice in choices:
         quickest[_numbers(choice)] = min(quickest.get(_numbers(choice), math.inf), choice.seconds)
 
     def key(choice: Choice) -> tuple[float, ...]:
         s = choice.settings
-        quality = QUALITY.index(s.weights) if s.weights in QUALITY else -1
+        quality = QUALITY.index(s.weights) if s.weights in QUALITY else 1
         place = ("off", "ram", "disk").index(s.stream) + (s.cache_place == "cpu")
         slow = choice.seconds > ALIKE * quickest[_numbers(choice)]
         return choice.seconds > patient, quality, s.cache_storage == "fp8", slow, place, choice.seconds

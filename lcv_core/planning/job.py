@@ -77,6 +77,7 @@ class Job:
     weight_copies, cache_storage, cache_place: see `sampling.Sampling`. kv_cache: given frames are held as one.
     sparse: what block sparse attention runs on; None is what there is here.
     stream: where the transformer's blocks wait for their turn; unless "off" two of them are on the device.
+    resident: bytes of blocks that stay on the device with streaming. extra_weights: bytes of adapters of the user's.
     text_device: "cpu" encodes the text there, whatever the rest runs on.
     together: transformer and VAE stay on the device side by side, and clips come and go frame by frame, as in
         `lcv_core.pipelines`; else each part has the device to itself and is given whole clips, as in ComfyUI.
@@ -108,6 +109,8 @@ class Job:
     cache_place: CachePlace = "device"
     sparse: SparseKernels | None = None
     stream: Streaming = "off"
+    resident: int = 0
+    extra_weights: int = 0
     text_device: Literal["same", "cpu"] = "same"
     together: bool = False
     refine_only: bool = False

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,7 @@ from lcv_core.planning.sparse import Device
 # Bytes that are not for a job: CUDA's context, its libraries' workspaces and a screen; the system and this process.
 OUTSIDE_VRAM = 600_000_000
 OUTSIDE_RAM = 3_000_000_000
+_CGROUP = Path("/sys/fs/cgroup")
 _DISK = 2e9  # bytes a second; an NVMe drive of the slower kind
 _CPU_MEMORY = 20e9  # bytes a second; two channels
 _CALIBRATION = 1024  # rows of the matrices that are multiplied to measure a rate
@@ -36,6 +38,10 @@ class Speed:
     memory: float
     link: float
     disk: float = _DISK
+
+
+_CPU = Speed(0.3e12, _CPU_MEMORY, _CPU_MEMORY)
+_GPU = Speed(60e12, 500e9, 25e9)
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,9 @@ class Machine:
             machine = replace(machine, ram=kept, free=kept if machine.device == "cpu" else machine.free)
         if vram is not None:
             if machine.device == "cpu":
-                raise InputError("--vram is a GPU's memory, and this plan is for the CPU; use --ram, or name a --device")
+                raise InputError(
+                    "--vram is a GPU's memory, and this plan is for the CPU; use --ram, or name a --device"
+                )
             kept = _at_least_something(vram * 1e9 - OUTSIDE_VRAM, "--vram", vram, OUTSIDE_VRAM)
             machine = replace(machine, free=kept)
         return machine
@@ -100,16 +108,17 @@ def _card_of(name: str) -> str | None:
     return max(exact or inside, key=len, default=None)
 
 
-def this_machine(device: torch.device) -> Machine:
-    """The machine this runs on, with what is free on it now."""
+def this_machine(device: torch.device, *, measured: bool = False) -> Machine:
+    """The machine this runs on, with what is free on it now. measured: rates that are not in the table are measured,
+    else taken for those of a desktop."""
     ram = free_ram()
     if device.type != "cuda":
-        return Machine("CPU", "cpu", ram, ram, _measured(device, torch.float32))
+        return Machine("CPU", "cpu", ram, ram, _measured(device, torch.float32) if measured else _CPU)
     name = torch.cuda.get_device_name(device)
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     card = _card_of(name)
-    speed = machine_named(card).speed if card else _measured(device, torch.bfloat16)
+    speed = machine_named(card).speed if card else _measured(device, torch.bfloat16) if measured else _GPU
     return Machine(name, "gpu", free, ram, speed)
 
 
@@ -122,7 +131,7 @@ def free_ram() -> int:
 
 def _available() -> int | None:
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
+        with Path("/proc/meminfo").open(encoding="ascii") as file:
             for line in file:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024
@@ -138,10 +147,8 @@ def _available() -> int | None:
 def _cgroup_left() -> int | None:
     """What a container's limit leaves (cgroup v2)."""
     try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            most = file.read().strip()
-        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
-            used = int(file.read())
+        most = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
     return None if most == "max" else max(0, int(most) - used)

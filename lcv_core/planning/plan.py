@@ -22,7 +22,6 @@ from lcv_core.planning.transformer import (
 from lcv_core.planning.vae import decode_bytes, encode_bytes, vae_parameters
 from lcv_core.shapes import SPACE_FACTOR, latent_shape, num_latents, num_pixel_frames
 
-
 _STAGED = 2  # blocks in system memory on their way from disk: one that is read, one that is copied
 STREAM_SLOTS = 2  # blocks on the device where they are streamed: the one that computes, and the next on its way
 
@@ -81,7 +80,9 @@ class Models:
         """Bytes of the transformer on the device while it runs, and between two runs."""
         if job.stream == "off":
             return self.transformer_weights(job)
-        return self.outside_blocks(job) + min(self.dit.depth, STREAM_SLOTS) * self.block(job)
+        resident = min(job.resident // self.block(job), self.dit.depth) * self.block(job)
+        slots = min(self.dit.depth, STREAM_SLOTS) * self.block(job)
+        return min(self.transformer_weights(job), self.outside_blocks(job) + resident + slots)
 
     def transformer_in_ram(self, job: Job) -> int:
         """Bytes of system memory that streaming takes: the blocks that wait, or those that are read from disk."""
@@ -198,6 +199,9 @@ def _sampling_stage(models: Models, job: Job, name: str, run: Sampling, adapter:
     weights = models.transformer_on_device(job) + (models.vae_weights(job) if job.together else 0)
     if adapter is not None and job.adapters == "runtime":
         weights += adapter_bytes(models.dit, adapter, run.itemsize)
+        run = replace(run, adapters=True)
+    if job.extra_weights:
+        weights += job.extra_weights
         run = replace(run, adapters=True)
     kept = run.kv_cache_kept(models.dit) if job.cache_place == "cpu" and job.device != "cpu" else 0
     ram = models.transformer_in_ram(job) + kept

@@ -2,8 +2,8 @@
 
 A stage takes the longest of what goes on at once, its operations over the rate at which they are done and the bytes
 that are moved meanwhile over the bandwidth of what they pass through; and first the reading of its weights from disk.
-The rate is the machine's peak times a share. Of the transformer's on a GPU it is 0.6: by this count the technical report
-(arXiv 2510.22200, table 5: 50 steps at 480x832x93 in 341.5 s on one H800) reaches 0.62. The other shares are rounded
+The rate is the machine's peak times a share. Of the transformer's on a GPU it is 0.6: by this count the technical
+report (arXiv 2510.22200: 50 steps at 480x832x93 in 341.5 s on one H800) reaches 0.62. The others are rounded
 measurements of this repository on a CPU, and a guess for convolutions on a GPU.
 """
 

@@ -11,7 +11,9 @@ from lcv_core.planning.job import Job, WeightDtype
 
 @dataclass(frozen=True)
 class Settings:
-    """weights: "plain" or a form of fewer bits. stream: where the transformer's blocks wait. cache_storage, cache_place:
+    """What a plan decides.
+
+    weights: "plain" or a form of fewer bits. stream: where the transformer's blocks wait. cache_storage, cache_place:
     of the KV cache. cfg_mode: how both branches of guidance run. tile: pixels of the VAE's tiles, 0 for none. window:
     frames refined at once, None for the model's own count. text_device: where the text is encoded.
     """

@@ -1,8 +1,8 @@
 """Bytes that block sparse attention takes inside itself, while blocks are chosen and while they are attended to.
 
 Two kinds of kernels are counted: "gather" is `lcv_bsa` in plain PyTorch (choosing.py, backends/gather.py), which works
-everywhere; "triton" is what GPUs run (backends/triton: selecting.py, forward.py, forward_tma.py), which needs no copy of
-q, k and v and no logits. By cumulative probability blocks are chosen in plain PyTorch with either.
+everywhere; "triton" is what GPUs run (backends/triton: selecting.py, forward.py, forward_tma.py), which needs no copy
+of q, k and v and no logits. By cumulative probability blocks are chosen in plain PyTorch with either.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def sparse_bytes(
 
 
 def place_bytes(bsa: BSAConfig, grid_q: Grid, grid_k: Grid, *, heads: int) -> int:
-    """For "gather": where each token of q, k, v and their statistics lies: made by the first call, kept for the next ones."""
+    """For "gather": where each token of q, k, v and their statistics lies; made by the first call and kept."""
     queries, keys = BlockLayout(grid_q, bsa.block_q), BlockLayout(grid_k, bsa.block_k)
     return heads * (2 * _slots(queries) + 3 * _slots(keys)) * _INT64
 

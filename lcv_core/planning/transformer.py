@@ -186,8 +186,6 @@ def forward_moments(
             always += place_bytes(bsa, *grids, heads=heads)
         if n_c and sparse == "gather":
             always += place_bytes(bsa, (n_c, *grid[1:]), (n_c, *grid[1:]), heads=heads)
-        inside = sparse_bytes(
-            bsa, *grids, heads=heads, head_dim=D, itemsize=itemsize, device=device, kernels=sparse
-        )
+        inside = sparse_bytes(bsa, *grids, heads=heads, head_dim=D, itemsize=itemsize, device=device, kernels=sparse)
         moments["sparse"] = attending + inside
     return {name: always + alive for name, alive in moments.items()}

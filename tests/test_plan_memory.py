@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,9 +27,10 @@ GPU, HOST = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 G
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: 123 bytes")
 
 
-def memory(settings: Settings | None = None, **fixed: Any) -> Memory:
+def memory(settings: Settings | None = None, *, num_cond_frames: int = 0, **fixed: Any) -> Memory:
     """Planned for the released model on a card, while the models of the test are tiny and on the CPU."""
-    planner = Planner(replace(CLIP, num_cond_frames=13), RELEASED, card("h100", ram=128), fixed=fixed)
+    job = replace(CLIP, num_cond_frames=num_cond_frames)
+    planner = Planner(job, RELEASED, card("h100", ram=128), fixed=fixed)
     lines: list[str] = []
     made = Memory(planner, settings or Settings(), say=lines.append)
     made.__dict__["lines"] = lines
@@ -116,7 +118,7 @@ def test_the_kv_cache_goes_to_system_memory_first(monkeypatch: pytest.MonkeyPatc
         )  # fmt: skip
 
     expected = run(components())
-    c = components(memory=memory())
+    c = components(memory=memory(num_cond_frames=13))
     placed: list[str] = []
     original = c.dit.set_kv_cache
     monkeypatch.setattr(c.dit, "set_kv_cache", lambda **how: (placed.append(how["place"]), original(**how)))
@@ -127,17 +129,18 @@ def test_the_kv_cache_goes_to_system_memory_first(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_fixed_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    fixed = {"cfg_mode": "batched", "stream": "off", "cache_place": "device", "cache_storage": "model"}
+    fixed: dict[str, Any] = {"cfg_mode": "batched", "stream": "off"}
     c = components(memory=memory(Settings(cfg_mode="batched"), **fixed))
     calls = Calls(monkeypatch, c.dit, "forward", {2: GPU})
-    with pytest.raises(OutOfMemory, match=r"in sampling at step 2, and nothing is left .* The plan: sampling [\d.]+ GB"):
+    message = r"in sampling at step 2, and nothing is left to go on with\. The plan: sampling [\d.]+ GB, on h100"
+    with pytest.raises(OutOfMemory, match=message):
         sample(c, mode="batched")
     assert calls.count == 2
 
 
 @pytest.mark.parametrize("error", [GPU, HOST, CPU])
 def test_it_ends_where_every_call_fails(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    c = components(memory=memory(Settings(cfg_mode="batched")))
+    c = components(memory=memory(Settings(cfg_mode="batched"), num_cond_frames=13))
     calls = Calls(monkeypatch, c.dit, "forward", dict.fromkeys(range(1, 50), error))
     with pytest.raises(OutOfMemory, match="nothing is left to go on with"):
         sample(c, mode="batched")
@@ -166,7 +169,8 @@ def test_the_errors_that_mean_it() -> None:
     assert all(is_out_of_memory(error) for error in (GPU, HOST, CPU, RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")))
     assert not is_out_of_host_memory(GPU)
     assert is_out_of_host_memory(HOST) and is_out_of_host_memory(CPU)
-    assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied")) and not is_out_of_memory(KeyError("memory"))
+    assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+    assert not is_out_of_memory(KeyError("memory"))
 
 
 LATENTS = torch.randn(1, 16, 4, 80, 10, generator=seeded(9))  # 640 x 80 pixels: two tiles of 512
@@ -179,9 +183,7 @@ def decoded(c: Components, *, tiling: Tiling | None = None) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("failing", [1, 3])
-def test_decoding_goes_on_by_tiles_from_the_frames_that_are_out(
-    monkeypatch: pytest.MonkeyPatch, failing: int
-) -> None:
+def test_decoding_goes_on_by_tiles_from_the_frames_that_are_out(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     whole, tiled = decoded(components()), decoded(components(), tiling=Tiling(512, 384))
     assert not torch.equal(whole[3], tiled[3])
     c = components(memory=memory())
@@ -251,9 +253,7 @@ def test_finished_segments_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_what_a_failed_stage_held_is_free_before_it_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    import weakref
-
+def test_what_a_failed_stage_held_is_free_before_it_is_repeated() -> None:
     held: list[weakref.ref[Tensor]] = []
     free: list[bool] = []
     made = memory()
@@ -263,7 +263,7 @@ def test_what_a_failed_stage_held_is_free_before_it_is_repeated(monkeypatch: pyt
         if not held:
             large = torch.zeros(1000)
             held.append(weakref.ref(large))
-            raise GPU
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return 7
 
     assert made.run("sampling", work, lambda move: None, str) == 7

@@ -107,6 +107,16 @@ class LongCatDiT(nn.Module):
         KVCache(storage, place)
         self._cache_storage, self._cache_place = storage, place
 
+    @property
+    def cache_storage(self) -> CacheStorage:
+        """How `build_kv_cache` keeps keys and values."""
+        return self._cache_storage
+
+    @property
+    def cache_place(self) -> CachePlace:
+        """Where `build_kv_cache` keeps them."""
+        return self._cache_place
+
     def set_streaming(self, in_turn: BlocksInTurn | None) -> None:
         """Take the blocks from what makes each of them ready for its turn, once for every forward; None: all of them
         are ready. No gradient is kept with it."""

@@ -65,10 +65,11 @@ class Memory:
         found = next(moves(self.planner, self.settings, stage, host=host, disk=self.block_files is not None), None)
         place = f"out of {'system ' if host else ''}memory in {stage}{where and ' ' + where}"
         if found is None:
-            need = describe(stage_need(self.planner.choice(self.settings), stage))
+            need = stage_need(self.planner.choice(self.settings), stage)
+            plan = f" The plan: {describe(need)}, on {self.planner.machine.name}." if need else ""
             tried = f"; went on before with {', then '.join(self.tried)}" if self.tried else ""
             raise OutOfMemory(
-                f"{place}, and nothing is left to go on with{tried}. The plan: {need}, on {self.planner.machine.name}."
+                f"{place}, and nothing is left to go on with{tried}.{plan}"
                 f" Ask for fewer frames or a smaller height and width; what is finished is kept ({error})"
             )
         self.say(f"{place}; going on with {found.words}")

@@ -41,11 +41,12 @@ class Move:
 
 
 def moves(planner: Planner, settings: Settings, stage: str, *, host: bool = False, disk: bool = True) -> Iterator[Move]:
-    """The changes that are left for a stage, by the end of its name in the plan; each is one step.
+    """The changes that are left for a stage, by the end of its name in the plan; each is one step. All that are left
+    where the plan has no such stage.
 
     host: it was system memory that ran out, not the device's. disk: blocks can be read from disk for each pass.
     """
-    now = _stage(planner.choice(settings), stage)
+    now = stage_need(planner.choice(settings), stage)
     on_cpu = planner.machine.device == "cpu"
     for name, value in MOVES[stage]:
         if name in planner.fixed or not _onward(name, getattr(settings, name), value):
@@ -53,8 +54,10 @@ def moves(planner: Planner, settings: Settings, stage: str, *, host: bool = Fals
         if name == "stream" and (on_cpu or (value == "disk" and not disk)):
             continue
         changed = replace(settings, **{name: value})
-        then = _stage(planner.choice(changed), stage)
-        if host or on_cpu:
+        then = stage_need(planner.choice(changed), stage)
+        if now is None or then is None:
+            better = True
+        elif host or on_cpu:
             better = then.ram < now.ram
         else:
             better = then.vram < now.vram and then.ram <= max(planner.machine.ram, now.ram)
@@ -81,12 +84,9 @@ def describe(need: StageNeed) -> str:
     return f"{need.name} {size_text(need.vram)}{ram}"
 
 
-def stage_need(choice: Choice, stage: str) -> StageNeed:
-    return _stage(choice, stage)
-
-
-def _stage(choice: Choice, stage: str) -> StageNeed:
-    return next(need for need in choice.stages if need.name.endswith(stage))
+def stage_need(choice: Choice, stage: str) -> StageNeed | None:
+    """Of a stage by the end of its name."""
+    return next((need for need in choice.stages if need.name.endswith(stage)), None)
 
 
 def _onward(name: str, now: Any, value: Any) -> bool:

@@ -22,6 +22,7 @@ from lcv_core.planning.transformer import (
 from lcv_core.planning.vae import decode_bytes, encode_bytes, vae_parameters
 from lcv_core.shapes import SPACE_FACTOR, latent_shape, num_latents, num_pixel_frames
 
+_GAPS = 64 * 256  # bytes: of the alignment of up to 64 tensors in one buffer (offload.layout)
 _STAGED = 2  # blocks in system memory on their way from disk: one that is read, one that is copied
 STREAM_SLOTS = 2  # blocks on the device where they are streamed: the one that computes, and the next on its way
 
@@ -73,8 +74,8 @@ class Models:
         return outer_parameters(self.dit) * math.ceil(max(ITEMSIZE[job.weight_dtype], SMALL_ITEMSIZE))
 
     def block(self, job: Job) -> int:
-        """Bytes of one of its blocks."""
-        return math.ceil((self.transformer_weights(job) - self.outside_blocks(job)) / self.dit.depth)
+        """Bytes of one of its blocks, where it is streamed: the gaps between its tensors counted."""
+        return math.ceil((self.transformer_weights(job) - self.outside_blocks(job)) / self.dit.depth) + _GAPS
 
     def transformer_on_device(self, job: Job) -> int:
         """Bytes of the transformer on the device while it runs, and between two runs."""

@@ -26,6 +26,8 @@ Weights = Literal["plain", "stored", "fp8", "int8", "q8_0", "q5_k", "q4_k", "fp8
 Streaming = Literal["off", "ram", "disk"]
 CacheStorage = Literal["model", "fp8"]
 CachePlace = Literal["device", "cpu"]
+# Whether what memory decides is chosen by the plan where it is not named, and changed where memory runs out.
+MemoryChoice = Literal["auto", "given"]
 
 
 def check_name(what: str, value: str, choices: Any) -> None:

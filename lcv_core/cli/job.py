@@ -18,6 +18,8 @@ from lcv_core import __version__
 from lcv_core.errors import InputError
 from lcv_core.files import require_file
 from lcv_core.names import (
+    CachePlace,
+    CacheStorage,
     CfgMode,
     CfgScope,
     Fit,
@@ -145,6 +147,9 @@ class Job:
     weights: Weights = "plain"
     stream: Streaming = "off"
     resident: float = 0.0
+    kv_cache_storage: CacheStorage = "model"
+    kv_cache_place: CachePlace = "device"
+    kernels: str = "auto"
     timestep_precision: TimestepPrecision = "model"
     tile: int = 0
     frame_rate: float | None = None
@@ -240,7 +245,8 @@ class Job:
 
     def key(self) -> str:
         """Identifies unfinished work of this job: same key, same numbers."""
-        ignored = {"frame_rate", "crf", "keep", "model", "vae", "text_encoder", "tokenizer", "stream", "resident"}
+        places = {"stream", "resident", "kv_cache_place"}  # the same numbers wherever things wait
+        ignored = {"frame_rate", "crf", "keep", "model", "vae", "text_encoder", "tokenizer"} | places
         data = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
         for name in ("image", "clip", "cond_video"):  # what they hold counts, not where they are
             data[name] = data[name] and data[name]["sha256"]

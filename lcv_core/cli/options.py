@@ -13,7 +13,20 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from lcv_core.cli.job import Keep
-from lcv_core.names import CfgMode, CfgScope, Fit, Posterior, Precision, Schedule, Streaming, TimestepPrecision, Weights
+from lcv_core.names import (
+    CachePlace,
+    CacheStorage,
+    CfgMode,
+    CfgScope,
+    Fit,
+    MemoryChoice,
+    Posterior,
+    Precision,
+    Schedule,
+    Streaming,
+    TimestepPrecision,
+    Weights,
+)
 
 
 def option(*names: str, help: str, panel: str, **rest: Any) -> Any:
@@ -21,6 +34,7 @@ def option(*names: str, help: str, panel: str, **rest: Any) -> Any:
 
 
 MODEL, PROMPT, SAMPLING, VIDEO, CONDITION, MACHINE = "Model", "Prompt", "Sampling", "Output", "Condition", "Machine"
+PLAN = "The machine that is planned for"
 
 
 @dataclass(frozen=True)
@@ -54,22 +68,32 @@ class MachineOptions:
     dtype: Annotated[
         Precision, option("--dtype", panel=MACHINE, help="auto: bf16 on a GPU and for big models, else fp32.")
     ] = "auto"
-    weights: Annotated[
-        Weights,
+    memory: Annotated[
+        MemoryChoice,
         option(
-            "--weights", panel=MACHINE,
+            "--memory",
+            panel=MACHINE,
+            help="auto: what of --weights, --stream, --tile, --kv-cache-..., --cfg-mode and --window is not named is"
+            " chosen so that it fits, and changed where memory runs out; given: plain, whole and on the device.",
+        ),
+    ] = "auto"
+    weights: Annotated[
+        Weights | None,
+        option(
+            "--weights",
+            panel=MACHINE,
             help="The large weights in memory. plain: in --dtype; stored: quantised as in the file; fp8 to q4_k:"
             " quantised while loading; -matmul: multiplied in 8 bits too.",
         ),
-    ] = "plain"  # fmt: skip
+    ] = None
     stream: Annotated[
-        Streaming,
+        Streaming | None,
         option(
             "--stream", panel=MACHINE,
             help="For a model that does not fit: its blocks wait in system memory (ram) or in their files (disk) and"
             " come one by one. Same numbers.",
         ),
-    ] = "off"  # fmt: skip
+    ] = None  # fmt: skip
     resident: Annotated[
         float, option("--resident", panel=MACHINE, min=0, help="With --stream: GB of blocks that stay on the device.")
     ] = 0.0
@@ -84,8 +108,19 @@ class MachineOptions:
         TimestepPrecision, option(panel=MACHINE, help="model: rounded to its dtype, as released; fp32: exact.")
     ] = "model"
     tile: Annotated[
-        int, option("--tile", panel=MACHINE, min=0, help="VAE tile side in pixels, a multiple of 32; 0 is untiled.")
-    ] = 0
+        int | None,
+        option("--tile", panel=MACHINE, min=0, help="VAE tile side in pixels, a multiple of 32; 0 is untiled."),
+    ] = None
+    kv_cache_storage: Annotated[
+        CacheStorage | None,
+        option("--kv-cache-storage", panel=MACHINE, help="fp8: half the memory, values off by 2.6 %."),
+    ] = None
+    kv_cache_place: Annotated[
+        CachePlace | None, option("--kv-cache-place", panel=MACHINE, help="cpu: in system memory; the same numbers.")
+    ] = None
+    kernels: Annotated[
+        str, option("--kernels", panel=MACHINE, help="Of norms, rope and gates: auto, torch or triton.")
+    ] = "auto"
 
 
 @dataclass(frozen=True)
@@ -133,8 +168,9 @@ class SamplingOptions:
         CfgScope, option("--cfg-scope", panel=SAMPLING, help="Frames the guidance scale is taken over; all: official.")
     ] = "noise"
     cfg_mode: Annotated[
-        CfgMode, option("--cfg-mode", panel=SAMPLING, help="Two passes one by one (less memory) or in a batch.")
-    ] = "sequential"
+        CfgMode | None,
+        option("--cfg-mode", panel=SAMPLING, help="sequential: two passes, less memory; batched: both in one."),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +195,16 @@ class ContinueOptions:
     kv_cache: Annotated[
         bool, option("--kv-cache/--no-kv-cache", panel=MACHINE, help="Run condition frames once; exact.")
     ] = True
+
+
+# What the plan may choose, by the names of the Job's fields.
+AUTO = ("weights", "stream", "tile", "kv_cache_storage", "kv_cache_place", "cfg_mode", "window")
+
+
+def named_settings(machine: Any, sampling: Any) -> dict[str, Any]:
+    """What of these the options name, None where they do not."""
+    groups = (machine, sampling)
+    return {name: next((getattr(g, name) for g in groups if hasattr(g, name)), None) for name in AUTO}
 
 
 def takes(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,9 +18,18 @@ import torch
 from torch import Tensor
 
 from lcv_core.cli.errors import Stopped
+from lcv_core.cli.fit import Known, chosen_line, make_planner, with_settings
 from lcv_core.cli.job import Job
-from lcv_core.cli.load import Session, check_hashes, open_for, with_hashes
-from lcv_core.cli.outputs import Target, check_free, check_place, kind_of, next_free, unfinished_seed
+from lcv_core.cli.load import Session, check_hashes, open_for, pick_device, pick_dtype, with_hashes
+from lcv_core.cli.outputs import (
+    Target,
+    check_free,
+    check_place,
+    kind_of,
+    next_free,
+    unfinished_job,
+    unfinished_seed,
+)
 from lcv_core.cli.progress import Reporter
 from lcv_core.cli.segments import SegmentSink
 from lcv_core.denoise import StepInfo
@@ -42,14 +52,19 @@ from lcv_core.pipelines.base import (
     refined_size,
 )
 from lcv_core.pipelines.long_video import Segment, num_new_latents
+from lcv_core.pipelines.memory import Memory
 from lcv_core.pipelines.refine import condition_count
+from lcv_core.planning.machine import this_machine
 from lcv_core.refinement import frames_after, plan_refine, plan_windows
 from lcv_core.schedule import refine, refine_exact
 from lcv_core.shapes import check_cond_frames, check_frames, check_size
 from lcv_core.text.encoder import TextStates
 from lcv_core.video_io import count_frames, iter_video, probe_video, read_video
+from lcv_core.weights.checkpoint import Checkpoint
 
 ALL = "All segments"
+# Of what the plan may choose, what the numbers depend on; the rest is the same wherever it is done.
+NUMBERS = frozenset({"weights", "tile", "kv_cache_storage", "cfg_mode", "window"})
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,8 @@ class Request:
 
     output: None takes the next free name. any_seed: the user named no seed, so unfinished work of any may be finished.
     made_by: the file the job was read from, whose weights it needs. text_cache: a folder for the states of prompts.
+    free: fields of the job that the plan may choose, and change where memory runs out; None: it chooses nothing, and
+    running out of memory is an error.
     """
 
     job: Job
@@ -67,6 +84,7 @@ class Request:
     any_seed: bool = False
     made_by: Path | None = None
     text_cache: Path | None = None
+    free: frozenset[str] | None = None
 
 
 def carry_out(request: Request, reporter: Reporter) -> None:
@@ -81,16 +99,18 @@ def carry_out(request: Request, reporter: Reporter) -> None:
         job = with_hashes(job, checkpoint)
     else:
         check_hashes(job, checkpoint, request.made_by)
-    path = request.output or next_free(job, any_seed=request.any_seed)
+    free = request.free or frozenset()
+    path = request.output or next_free(job, any_seed=request.any_seed, free=free)
     path = check_place(path, job)
-    if request.any_seed and (seed := unfinished_seed(job, path)) is not None:
+    if request.any_seed and (seed := unfinished_seed(job, path, free)) is not None:
         job = dataclasses.replace(job, seed=seed)
+    job, memory = _fitted(job, checkpoint, request, path, reporter)
     todo = check_free(job, path, overwrite=request.overwrite)
     doubled = job.task == "refine" and not job.spatial_only
     rate = job.frame_rate or checkpoint.native.frame_rate * (2 if doubled else 1)
     crf = job.crf if job.crf is not None else (10 if job.task == "refine" else 18)
     target = Target(path, kind_of(path), rate, crf)
-    session = Session.open(job, checkpoint, request.device, reporter, request.text_cache)
+    session = Session.open(job, checkpoint, request.device, reporter, request.text_cache, memory)
     run = {"long": _run_long, "refine": _run_refine}.get(job.task)
     try:
         with ExitStack() as stack:
@@ -101,6 +121,43 @@ def carry_out(request: Request, reporter: Reporter) -> None:
                 _run_clips(session, target, sorted(todo), stack)
     except KeyboardInterrupt:
         raise Stopped(_kept(job, target)) from None
+
+
+def _fitted(
+    job: Job, checkpoint: Checkpoint, request: Request, path: Path, reporter: Reporter
+) -> tuple[Job, Memory | None]:
+    """The job with what the plan chooses, and what to go on with where memory runs out. Unfinished work goes on with
+    what it began with."""
+    if request.free is None:
+        return job, None
+    begun = unfinished_job(job, path, request.free)
+    free = request.free
+    if begun is not None:
+        job = dataclasses.replace(job, **{name: getattr(begun, name) for name in free & NUMBERS})
+        free = free - NUMBERS
+    device = pick_device(request.device)
+    dtype = pick_dtype(job.dtype, device, checkpoint)
+    source, frames = _source_shape(job, checkpoint.native.frame_rate)
+    planner = make_planner(
+        job, Known.of(checkpoint), this_machine(device), dtype=dtype, source=source, source_frames=frames, free=free
+    )
+    choice = planner.best()
+    line = chosen_line(choice, planner.fixed)
+    if line:
+        reporter.say(line)
+    return with_settings(job, choice.settings), Memory(planner, choice.settings, reporter.say)
+
+
+def _source_shape(job: Job, frame_rate: float) -> tuple[tuple[int, int] | None, int | None]:
+    """(height, width) of the picture or clip that a job starts from, and how many frames a clip has."""
+    if job.clip is not None:
+        info = probe_video(job.clip.resolve())
+        frames = None if info.duration is None else max(1, math.ceil(info.duration * frame_rate))
+        return (info.height, info.width), frames
+    if job.image is not None and job.task != "refine":
+        height, width = read_image(job.image.resolve()).shape[:2]
+        return (height, width), None
+    return None, None
 
 
 def _kept(job: Job, target: Target) -> str:

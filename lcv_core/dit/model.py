@@ -107,6 +107,16 @@ class LongCatDiT(nn.Module):
         KVCache(storage, place)
         self._cache_storage, self._cache_place = storage, place
 
+    @property
+    def cache_storage(self) -> CacheStorage:
+        """How `build_kv_cache` keeps keys and values."""
+        return self._cache_storage
+
+    @property
+    def cache_place(self) -> CachePlace:
+        """Where `build_kv_cache` keeps them."""
+        return self._cache_place
+
     def set_streaming(self, in_turn: BlocksInTurn | None) -> None:
         """Take the blocks from what makes each of them ready for its turn, once for every forward; None: all of them
         are ready. No gradient is kept with it."""
@@ -199,7 +209,7 @@ class LongCatDiT(nn.Module):
         """tau [1, R, A] of the distinct timesteps, and the sequence with what blocks need to write over x [B, N, C]."""
         distinct, frames = share_timesteps(timestep, seq.frame_tokens)
         room = None
-        if _wants_room(x, kv_cache):
+        if _wants_room(x, kv_cache, self.blocks[0]):
             room = make_room(x, seq.rope.shape[0], self.config.num_heads)
         lean = Lean(resolve_kernels(self._kernels, x.device), frames, room)
         return self.t_embedder(distinct).unsqueeze(0), replace(seq, lean=lean)
@@ -285,6 +295,7 @@ class LongCatDiT(nn.Module):
         check_cache(cache, depth=config.depth, tokens=tokens, batch=B, num_cond_latents=n_c)
 
 
-def _wants_room(x: Tensor, cache: KVCache | None) -> bool:
-    """Whether keys and values shall lie apart from what the layer made: see `make_room`."""
-    return cache is not None or x.device.type == "cpu"
+def _wants_room(x: Tensor, cache: KVCache | None, block: nn.Module) -> bool:
+    """Whether keys and values shall lie apart from what the layer made: see `make_room`. Also where an adapter works
+    beside it: of all tokens at once its branch would take twelve activations, piece by piece it takes three."""
+    return cache is not None or x.device.type == "cpu" or bool(block.get_submodule("attn.qkv")._forward_hooks)

@@ -305,7 +305,8 @@ def _job(
             "negative_prompt": sampling.negative_prompt, "seed": sampling.seed, "num_steps": sampling.steps,
             "guidance_scale": sampling.guidance, "schedule": sampling.schedule, "height": sampling.height,
             "width": sampling.width, "num_frames": sampling.frames, "cfg_scope": sampling.cfg_scope,
-            "cfg_mode": sampling.cfg_mode,
+            "cfg_mode": sampling.cfg_mode, "step_cache": sampling.step_cache,
+            "cfg_interval": None if sampling.cfg_interval is None else list(sampling.cfg_interval),
         }  # fmt: skip
     if condition is not None:
         values |= {"fit": condition.fit, "posterior": condition.posterior}

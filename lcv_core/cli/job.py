@@ -131,6 +131,8 @@ class Job:
     posterior: Posterior = "mode"
     cfg_scope: CfgScope = "noise"
     cfg_mode: CfgMode = "sequential"
+    cfg_interval: list[float] | None = None
+    step_cache: float = 0.0
     t_thresh: float = 0.5
     refine_steps: int | None = None
     spatial_only: bool = False
@@ -160,6 +162,16 @@ class Job:
     def segments(self) -> int:
         """Segments of a long video."""
         return len(self.prompts) if self.num_segments is None else self.num_segments
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Sigmas of the steps that are guided: all where none are named."""
+        if self.cfg_interval is None:
+            return 0.0, 1.0
+        if len(self.cfg_interval) != 2:
+            raise InputError(f"--cfg-interval takes two sigmas, got {self.cfg_interval}; try 0.2 0.9")
+        low, high = self.cfg_interval
+        return low, high
 
     def video(self, index: int) -> Self:
         """The job that makes output `index` alone."""
@@ -205,6 +217,14 @@ class Job:
                 raise InputError(f"{name} must be at least {low}, got {value}")
         if not 0.0 < self.t_thresh <= 1.0:
             raise InputError(f"--t-thresh must be in (0, 1], got {self.t_thresh}; the released refiner uses 0.5")
+        if not 0 <= self.step_cache < 1:
+            raise InputError(
+                f"--step-cache must be from 0 (off) to below 1, a relative error of the velocity, got {self.step_cache};"
+                " try 0.05"
+            )
+        low, high = self.interval
+        if not 0 <= low < high <= 1:
+            raise InputError(f"--cfg-interval takes two sigmas, 0 <= low < high <= 1, got {low} {high}; try 0.2 0.9")
         if self.crf is not None and not 0 <= self.crf <= 51:
             raise InputError(f"--crf must be from 0 (best) to 51, got {self.crf}")
         if self.frame_rate is not None and not 0.1 <= self.frame_rate <= 1000:

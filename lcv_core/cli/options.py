@@ -120,6 +120,20 @@ class SamplingOptions:
     cfg_mode: Annotated[
         CfgMode, option("--cfg-mode", panel=SAMPLING, help="Two passes one by one (less memory) or in a batch.")
     ] = "sequential"
+    cfg_interval: Annotated[
+        tuple[float, float] | None,
+        option(
+            "--cfg-interval", panel=SAMPLING, metavar="LOW HIGH",
+            help="Sigmas of the steps that are guided; the others take half the time. All: 0 1.",
+        ),
+    ] = None  # fmt: skip
+    step_cache: Annotated[
+        float,
+        option(
+            "--step-cache", panel=SAMPLING, min=0,
+            help="Relative error of a step for which it may reuse an earlier one, such as 0.05; 0 is off.",
+        ),
+    ] = 0.0  # fmt: skip
 
 
 @dataclass(frozen=True)

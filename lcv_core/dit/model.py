@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from lcv_core.dit.frames import share_timesteps
 from lcv_core.dit.kernels import resolve_kernels
 from lcv_core.dit.kv_cache import KVCache, check_cache
 from lcv_core.dit.rope import rope_table
+from lcv_core.dit.step_cache import Branch
 from lcv_core.errors import InputError
 from lcv_core.names import CachePlace, CacheStorage
 from lcv_core.shapes import ceil_to, token_grid
@@ -108,6 +109,7 @@ class LongCatDiT(nn.Module):
         num_cond_latents: int = 0,
         kv_cache: KVCache | None = None,
         bsa: BSAConfig | None = None,
+        step_cache: Branch | None = None,
     ) -> Tensor:
         """Velocity, fp32 [B, out_channels, T, H, W], of latents [B, in_channels, T, H, W].
 
@@ -116,10 +118,13 @@ class LongCatDiT(nn.Module):
         num_cond_latents: leading clean frames; they attend to themselves alone and read no text. With kv_cache
             (from `build_kv_cache`) they are not in `latents`, and timestep covers the noise frames only.
         bsa: block sparse self-attention with these settings; None is dense.
+        step_cache: decides whether the blocks after the first are run or what they added before is reused.
         """
         self._validate(latents, timestep, text, text_mask, num_cond_latents, kv_cache)
         states, bias = self._embed_text(text.to(latents.device), text_mask)
-        return self._run(latents, timestep, states, num_cond_latents, kv_cache, bsa, text_bias=bias)
+        return self._run(
+            latents, timestep, states, num_cond_latents, kv_cache, bsa, text_bias=bias, step_cache=step_cache
+        )
 
     @torch.no_grad()
     def build_kv_cache(self, cond_latents: Tensor, bsa: BSAConfig | None = None) -> KVCache:
@@ -147,6 +152,7 @@ class LongCatDiT(nn.Module):
         bsa: BSAConfig | None,
         keep: KVCache | None = None,
         text_bias: Tensor | None = None,
+        step_cache: Branch | None = None,
     ) -> Tensor:
         config = self.config
         x = self.x_embedder(latents.to(self.dtype))
@@ -154,13 +160,32 @@ class LongCatDiT(nn.Module):
         seq = self._sequence(grid, num_cond_latents, kv_cache is not None, bsa, x, text_bias)
         timestep = self._per_frame(timestep.to(latents.device), grid[0])
         if self._keeps_gradients(x, text):
+            if step_cache is not None:
+                raise InputError("step caching writes over what a backward pass needs; run it in torch.no_grad()")
             tau = self.t_embedder(timestep.flatten()).unflatten(0, (-1, grid[0]))
         else:
             x = x.contiguous()  # it is what all blocks write to
             tau, seq = self._lean(x, timestep, seq, kv_cache)
-        for i, block in enumerate(self.blocks):
-            x = block(x, tau, text, seq, None if kv_cache is None else kv_cache.layer(i), keep)
-        return unpatchify(self.final_layer(x, tau, seq.lean), grid, config.patch_size)
+
+        def through(x: Tensor, first: int, last: int) -> Tensor:
+            for i, block in self._blocks(first, last):
+                x = block(x, tau, text, seq, None if kv_cache is None else kv_cache.layer(i), keep)
+            return x
+
+        def head(x: Tensor) -> Tensor:
+            return unpatchify(self.final_layer(x, tau, seq.lean), grid, config.patch_size)
+
+        if step_cache is None:
+            return head(through(x, 0, config.depth))
+        x = through(x, 0, 1)
+        if not step_cache.reuse(x, seq.num_cond_tokens, head):
+            x = through(x, 1, config.depth)
+            step_cache.keep(x)
+        return head(x)
+
+    def _blocks(self, first: int, last: int) -> Iterator[tuple[int, nn.Module]]:
+        """Blocks first..last - 1 with their places, each when it is asked for; no other one is touched."""
+        return ((i, self.blocks[i]) for i in range(first, last))
 
     def _keeps_gradients(self, x: Tensor, text: Tensor | Sequence[Tensor] | None) -> bool:
         """Whether a backward pass may follow. Tensors without data go its way too: they have no timesteps to share."""

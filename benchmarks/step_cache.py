@@ -30,14 +30,14 @@ from lcv_core.denoise import Guidance, StepInfo, _Predictor, denoise
 from lcv_core.pipelines.base import Components, decode_latents, draw_noise
 from lcv_core.shapes import latent_shape
 from lcv_core.text.encoder import TextStates
-from lcv_core.training.evaluation.cases import Case, make_cases
-from lcv_core.training.evaluation.judge import score
-from lcv_core.training.evaluation.metrics import psnr, ssim
+from lcv_core.training.evaluation.cases import Case, make_cases  # noqa: TID251
+from lcv_core.training.evaluation.judge import reward  # noqa: TID251
+from lcv_core.training.evaluation.metrics import psnr, ssim  # noqa: TID251
 from lcv_core.weights.checkpoint import open_checkpoint
 
 RESULTS = Path(__file__).resolve().parent / "step_cache.csv"
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2)
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "commit", "model", "schedule", "steps", "guidance", "prompts", "budget", "reused", "blocks_run", "error_mean",
     "error_p95", "error_max", "over_budget", "latents_error", "psnr", "psnr_min", "ssim", "judged",
 )  # fmt: skip
@@ -95,7 +95,7 @@ def row(
         "over_budget": f"{mean([error > budget for error in errors] or [0]):.3f}",
         "latents_error": f"{mean(drift):.4f}", "psnr": f"{mean(decibels):.1f}", "psnr_min": f"{min(decibels):.1f}",
         "ssim": f"{mean(ssim(m.frames, p.frames) for m, p in zip(made, plain, strict=True)):.4f}",
-        "judged": f"{mean(mean(score(m.frames, case.named).values()) for m, case in zip(made, cases, strict=True)):.3f}",
+        "judged": f"{mean(reward(m.frames, case.prompt) for m, case in zip(made, cases, strict=True)):.3f}",
     }  # fmt: skip
 
 

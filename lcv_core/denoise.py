@@ -97,7 +97,9 @@ def check_interval(interval: Sequence[float]) -> None:
     """InputError unless these are two sigmas, the lower first."""
     low, high = interval
     if not 0.0 <= low < high <= 1.0:
-        raise InputError(f"cfg_interval must be two sigmas, 0 <= low < high <= 1, got {low:g} and {high:g}; try 0.2 0.9")
+        raise InputError(
+            f"cfg_interval must be two sigmas, 0 <= low < high <= 1, got {low:g} and {high:g}; try 0.2 0.9"
+        )
 
 
 @dataclass
@@ -203,7 +205,9 @@ def denoise(
     cache = _shared_cache(dit, x[:, :, :n_c], bsa) if use_kv_cache and n_c else None
     done, x = progress.load(x) if progress else (0, x)
     num_steps, resumed = len(sigmas) - 1, done
-    steps = StepCache(step_cache, num_steps, progress.state.get("gains", ()) if progress else ()) if step_cache else None
+    steps = (
+        StepCache(step_cache, num_steps, progress.state.get("gains", ()) if progress else ()) if step_cache else None
+    )
     predict = _Predictor(dit, text, guidance, n_c, bsa, cache, steps)
     levels: Sequence[float] = sigmas.tolist()
     kept = _Kept(done, x, steps)

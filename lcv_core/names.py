@@ -22,6 +22,7 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 # How the large weights are in memory: in the dtype of the rest, as the file has them, or in a format of quant.formats;
 # with -matmul they are multiplied in eight bits too.
 Weights = Literal["plain", "stored", "fp8", "int8", "q8_0", "q5_k", "q4_k", "fp8-matmul", "int8-matmul"]
+Compile = Literal["off", "blocks"]
 CacheStorage = Literal["model", "fp8"]
 CachePlace = Literal["device", "cpu"]
 

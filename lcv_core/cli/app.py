@@ -297,7 +297,8 @@ def _job(
     values: dict[str, Any] = {
         "model": str(model.model or MINIATURE), "loras": [_lora(text) for text in model.lora or []],
         "attention": machine.attention, "dtype": machine.dtype, "weights": machine.weights, "tile": machine.tile,
-        "timestep_precision": machine.timestep_precision, "frame_rate": output.frame_rate, "crf": output.crf,
+        "timestep_precision": machine.timestep_precision, "compile": machine.compile, "frame_rate": output.frame_rate,
+        "crf": output.crf, "sparsity": machine.sparsity,
     }  # fmt: skip
     values |= {k: str(v) for k in ("vae", "text_encoder", "tokenizer") if (v := getattr(model, k)) is not None}
     if sampling is not None:

@@ -20,6 +20,7 @@ from lcv_core.files import require_file
 from lcv_core.names import (
     CfgMode,
     CfgScope,
+    Compile,
     Fit,
     Handover,
     Joint,
@@ -140,10 +141,12 @@ class Job:
     joint: Joint = "blend"
     window: int | None = None
     attention: str = "auto"
+    sparsity: float | None = None
     refine_attention: RefineAttention = "sparse"
     dtype: Precision = "auto"
     weights: Weights = "plain"
     timestep_precision: TimestepPrecision = "model"
+    compile: Compile = "off"
     tile: int = 0
     frame_rate: float | None = None
     crf: float | None = None
@@ -217,9 +220,14 @@ class Job:
                 raise InputError(f"{name} must be at least {low}, got {value}")
         if not 0.0 < self.t_thresh <= 1.0:
             raise InputError(f"--t-thresh must be in (0, 1], got {self.t_thresh}; the released refiner uses 0.5")
+        if self.sparsity is not None:
+            if not 0 <= self.sparsity < 1:
+                raise InputError(f"--sparsity must be from 0 to below 1, got {self.sparsity}; try 0.875")
+            if self.attention != "bsa" and (self.task != "refine" or self.refine_attention == "dense"):
+                raise InputError("--sparsity is of block sparse attention; ask for that with --attention bsa")
         if not 0 <= self.step_cache < 1:
             raise InputError(
-                f"--step-cache must be from 0 (off) to below 1, a relative error of the velocity, got {self.step_cache};"
+                f"--step-cache is a relative error of the velocity, from 0 (off) to below 1, got {self.step_cache};"
                 " try 0.05"
             )
         low, high = self.interval

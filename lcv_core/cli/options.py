@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from lcv_core.cli.job import Keep
-from lcv_core.names import CfgMode, CfgScope, Fit, Posterior, Precision, Schedule, TimestepPrecision, Weights
+from lcv_core.names import CfgMode, CfgScope, Compile, Fit, Posterior, Precision, Schedule, TimestepPrecision, Weights
 
 
 def option(*names: str, help: str, panel: str, **rest: Any) -> Any:
@@ -65,6 +65,17 @@ class MachineOptions:
     attention: Annotated[
         str, option("--attention", panel=MACHINE, help="auto, sdpa, flash2, flash3, sage, xformers or bsa.")
     ] = "auto"
+    sparsity: Annotated[
+        float | None,
+        option(
+            "--sparsity", panel=MACHINE, min=0, max=1,
+            help="Share of the attention blocks left out by bsa; the model's own, trained for refining, is 0.9375.",
+        ),
+    ] = None  # fmt: skip
+    compile: Annotated[
+        Compile,
+        option("--compile", panel=MACHINE, help="blocks: through torch.compile; a minute once, then faster steps."),
+    ] = "off"
     timestep_precision: Annotated[
         TimestepPrecision, option(panel=MACHINE, help="model: rounded to its dtype, as released; fp32: exact.")
     ] = "model"

@@ -37,8 +37,9 @@ def clock(seconds: float) -> str:
 
 @dataclass
 class _Bar:
-    """One thing that is counted. since: what was done when it `started`; ends: when it should be finished; reused: steps
-    that the step cache gave."""
+    """One thing that is counted. since: what was done when it `started`; ends: when it should be finished; reused:
+    steps that the step cache gave.
+    """
 
     total: int
     started: float

@@ -14,6 +14,7 @@ from lcv_core import layers
 from lcv_core.config import BSAConfig, DiTConfig
 from lcv_core.dit.attention import BACKENDS, Attend, resolve_backend, takes_bias
 from lcv_core.dit.block import Block, Lean, Sequence3D, make_room
+from lcv_core.dit.compiled import Backend, CompiledBlocks, check_compiler
 from lcv_core.dit.embed import (
     CaptionEmbed,
     FinalLayer,
@@ -29,7 +30,7 @@ from lcv_core.dit.kv_cache import KVCache, check_cache
 from lcv_core.dit.rope import rope_table
 from lcv_core.dit.step_cache import Branch
 from lcv_core.errors import InputError
-from lcv_core.names import CachePlace, CacheStorage
+from lcv_core.names import CachePlace, CacheStorage, Compile, check_name
 from lcv_core.shapes import ceil_to, token_grid
 
 log = logging.getLogger("lcv_core")
@@ -66,6 +67,7 @@ class LongCatDiT(nn.Module):
         self.final_layer = FinalLayer(config, ops, **factory)
         self._attention: str | Attend = "sdpa"
         self._kernels = "auto"
+        self._compiled: CompiledBlocks | None = None
         self._cache_storage: CacheStorage = "model"
         self._cache_place: CachePlace = "device"
 
@@ -94,6 +96,17 @@ class LongCatDiT(nn.Module):
         """
         resolve_kernels(name, self.device)
         self._kernels = name
+
+    def set_compile(self, what: Compile, *, mode: str | None = None, backend: Backend = "inductor") -> None:
+        """Whether "blocks" go through torch.compile where no gradient is needed, or nothing does: "off".
+
+        mode, backend: see `lcv_core.dit.compiled`. The first forward of each shape takes a minute or so longer. Raises
+        InputError at once where there is no compiler for the model's device.
+        """
+        check_name("compile", what, Compile)
+        if what == "blocks":
+            check_compiler(self.device, mode, backend)
+        self._compiled = CompiledBlocks(mode, backend) if what == "blocks" else None
 
     def set_kv_cache(self, *, storage: CacheStorage = "model", place: CachePlace = "device") -> None:
         """How `build_kv_cache` keeps keys and values from now on: see `KVCache`. Raises InputError for other names."""
@@ -203,7 +216,8 @@ class LongCatDiT(nn.Module):
         room = None
         if _wants_room(x, kv_cache):
             room = make_room(x, seq.rope.shape[0], self.config.num_heads)
-        lean = Lean(resolve_kernels(self._kernels, x.device), frames, room)
+        kernels = resolve_kernels(self._kernels, x.device, compiled=self._compiled is not None)
+        lean = Lean(kernels, frames, room, self._compiled)
         return self.t_embedder(distinct).unsqueeze(0), replace(seq, lean=lean)
 
     def _sequence(

@@ -11,8 +11,8 @@ where gain * movement <= budget, with the larger of the last two gains. That is 
 measurement, not a proof; `benchmarks/step_cache.csv` has what was kept on the miniature.
 
 What it adds up to: the latents are moved by d_sigma * velocity in each step, so to first order all reuse together
-changes the result by at most budget * sum of |d_sigma| * |velocity| over the reused steps: a budget of 0.05 is 5% of the
-way that the latents make in them.
+changes the result by at most budget * sum of |d_sigma| * |velocity| over the reused steps: a budget of 0.05 is 5% of
+the way that the latents make in them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def check_budget(budget: float) -> None:
 class Branch:
     """What one branch of guidance remembers of the last step computed in full.
 
-    Two tensors: what the blocks after the first added [B, N, C], and the first block's output at some tokens.
+    Two tensors: what the blocks after the first added [B, N, C], and the first block's output at some tokens in fp32; at
+    93 frames of 480x832 in bf16 375 MB a branch.
     would: the velocity that reuse would have given in a step computed in full, as the network returns it.
     """
 

@@ -132,9 +132,7 @@ class Run:
         scale = scale if guidance_scale is None else guidance_scale
         check_interval(cfg_interval)
         check_budget(step_cache)
-        return cls(
-            steps, scale, schedule, cfg_scope, cfg_mode, output, on_step, progress, cfg_interval, step_cache
-        )
+        return cls(steps, scale, schedule, cfg_scope, cfg_mode, output, on_step, progress, cfg_interval, step_cache)
 
     def denoise(self, c: Components, latents: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
         """`Components.denoise` with the run's own options; a host's need not know those that are off."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -180,25 +180,17 @@ class LongCatDiT(nn.Module):
             x = x.contiguous()  # it is what all blocks write to
             tau, seq = self._lean(x, timestep, seq, kv_cache)
 
-        def through(x: Tensor, first: int, last: int) -> Tensor:
-            for i, block in self._blocks(first, last):
-                x = block(x, tau, text, seq, None if kv_cache is None else kv_cache.layer(i), keep)
-            return x
-
         def head(x: Tensor) -> Tensor:
             return unpatchify(self.final_layer(x, tau, seq.lean), grid, config.patch_size)
 
-        if step_cache is None:
-            return head(through(x, 0, config.depth))
-        x = through(x, 0, 1)
-        if not step_cache.reuse(x, seq.num_cond_tokens, head):
-            x = through(x, 1, config.depth)
-            step_cache.keep(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, tau, text, seq, None if kv_cache is None else kv_cache.layer(i), keep)
+            if i == 0 and step_cache is not None and step_cache.reuse(x, seq.num_cond_tokens, head):
+                break  # no other block is asked for
+        else:
+            if step_cache is not None:
+                step_cache.keep(x)
         return head(x)
-
-    def _blocks(self, first: int, last: int) -> Iterator[tuple[int, nn.Module]]:
-        """Blocks first..last - 1 with their places, each when it is asked for; no other one is touched."""
-        return ((i, self.blocks[i]) for i in range(first, last))
 
     def _keeps_gradients(self, x: Tensor, text: Tensor | Sequence[Tensor] | None) -> bool:
         """Whether a backward pass may follow. Tensors without data go its way too: they have no timesteps to share."""

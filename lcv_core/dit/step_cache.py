@@ -42,8 +42,8 @@ def check_budget(budget: float) -> None:
 class Branch:
     """What one branch of guidance remembers of the last step computed in full.
 
-    Two tensors: what the blocks after the first added [B, N, C], and the first block's output at some tokens in fp32; at
-    93 frames of 480x832 in bf16 375 MB a branch.
+    Two tensors: what the blocks after the first added [B, N, C], and the first block's output at some tokens in fp32;
+    375 MB a branch at 93 frames of 480x832 in bf16.
     would: the velocity that reuse would have given in a step computed in full, as the network returns it.
     """
 

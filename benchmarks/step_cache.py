@@ -99,6 +99,18 @@ def row(
     }  # fmt: skip
 
 
+def write(values: dict[str, str], out: Path | None) -> None:
+    print("  ".join(f"{key} {values[key]}" for key in COLUMNS[6:]), flush=True)
+    if out is None:
+        return
+    new = not out.exists()
+    with out.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(values)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=10)
@@ -118,20 +130,11 @@ def main() -> int:
     texts = [encoder.encode([case.prompt]) for case in cases]
     negative = encoder.encode([""])
     with c.adapter("distill") if args.schedule == "distilled" else nullcontext(), torch.no_grad():
-        runs = {
-            budget: [clip(c, states, negative, seed, budget, args) for seed, states in enumerate(texts)]
-            for budget in (0.0, *args.budgets)
-        }
-    rows = [row(budget, made, runs[0.0], cases, dit.config.depth, args) for budget, made in runs.items()]
-    for made in rows:
-        print("  ".join(f"{key} {made[key]}" for key in COLUMNS[6:]), flush=True)
-    if not args.quick:
-        new = not args.out.exists()
-        with args.out.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        plain: list[Measured] = []
+        for budget in (0.0, *args.budgets):
+            made = [clip(c, states, negative, seed, budget, args) for seed, states in enumerate(texts)]
+            plain = plain or made
+            write(row(budget, made, plain, cases, dit.config.depth, args), None if args.quick else args.out)
     return 0
 
 

@@ -101,7 +101,9 @@ class PartialRun:
         return step, saved.to(latents)
 
     def save(self, step: int, latents: Tensor) -> None:
-        metadata = {"key": self.key, "step": str(step), "note": self.note, "state": json.dumps(self.state)}
+        metadata = {"key": self.key, "step": str(step), "note": self.note}
+        if self.state:
+            metadata["state"] = json.dumps(self.state)
         save_atomic(self.path, {"latents": latents.float()}, metadata)
         self._saved_at = time.monotonic()
 

@@ -355,8 +355,8 @@ def _job(
     """The options of a command as a Job; hashes the files it names. A seed that is not named is -1."""
     values: dict[str, Any] = {
         "model": str(model.model or MINIATURE), "loras": [_lora(text) for text in model.lora or []],
-        "attention": machine.attention, "dtype": machine.dtype, "kernels": machine.kernels,
-        "resident": machine.resident,
+        "attention": machine.attention, "dtype": machine.dtype, "kernels": machine.kernels, "compile": machine.compile,
+        "resident": machine.resident, "sparsity": machine.sparsity,
         "timestep_precision": machine.timestep_precision, "frame_rate": output.frame_rate, "crf": output.crf,
     }  # fmt: skip
     values |= {k: str(v) for k in ("vae", "text_encoder", "tokenizer") if (v := getattr(model, k)) is not None}
@@ -365,6 +365,8 @@ def _job(
             "negative_prompt": sampling.negative_prompt, "seed": sampling.seed, "num_steps": sampling.steps,
             "guidance_scale": sampling.guidance, "schedule": sampling.schedule, "height": sampling.height,
             "width": sampling.width, "num_frames": sampling.frames, "cfg_scope": sampling.cfg_scope,
+            "step_cache": sampling.step_cache,
+            "cfg_interval": None if sampling.cfg_interval is None else list(sampling.cfg_interval),
         }  # fmt: skip
     if condition is not None:
         values |= {"fit": condition.fit, "posterior": condition.posterior}

@@ -22,6 +22,7 @@ from lcv_core.names import (
     CacheStorage,
     CfgMode,
     CfgScope,
+    Compile,
     Fit,
     Handover,
     Joint,
@@ -135,6 +136,8 @@ class Job:
     posterior: Posterior = "mode"
     cfg_scope: CfgScope = "noise"
     cfg_mode: CfgMode = "sequential"
+    cfg_interval: list[float] | None = None
+    step_cache: float = 0.0
     t_thresh: float = 0.5
     refine_steps: int | None = None
     spatial_only: bool = False
@@ -142,6 +145,7 @@ class Job:
     joint: Joint = "blend"
     window: int | None = None
     attention: str = "auto"
+    sparsity: float | None = None
     refine_attention: RefineAttention = "sparse"
     dtype: Precision = "auto"
     weights: Weights = "plain"
@@ -151,6 +155,7 @@ class Job:
     kv_cache_place: CachePlace = "device"
     kernels: str = "auto"
     timestep_precision: TimestepPrecision = "model"
+    compile: Compile = "off"
     tile: int = 0
     frame_rate: float | None = None
     crf: float | None = None
@@ -169,6 +174,16 @@ class Job:
     def segments(self) -> int:
         """Segments of a long video."""
         return len(self.prompts) if self.num_segments is None else self.num_segments
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Sigmas of the steps that are guided: all where none are named."""
+        if self.cfg_interval is None:
+            return 0.0, 1.0
+        if len(self.cfg_interval) != 2:
+            raise InputError(f"--cfg-interval takes two sigmas, got {self.cfg_interval}; try 0.2 0.9")
+        low, high = self.cfg_interval
+        return low, high
 
     def video(self, index: int) -> Self:
         """The job that makes output `index` alone."""
@@ -214,6 +229,19 @@ class Job:
                 raise InputError(f"{name} must be at least {low}, got {value}")
         if not 0.0 < self.t_thresh <= 1.0:
             raise InputError(f"--t-thresh must be in (0, 1], got {self.t_thresh}; the released refiner uses 0.5")
+        if self.sparsity is not None:
+            if not 0 <= self.sparsity < 1:
+                raise InputError(f"--sparsity must be from 0 to below 1, got {self.sparsity}; try 0.875")
+            if self.attention != "bsa" and (self.task != "refine" or self.refine_attention == "dense"):
+                raise InputError("--sparsity is of block sparse attention; ask for that with --attention bsa")
+        if not 0 <= self.step_cache < 1:
+            raise InputError(
+                f"--step-cache is a relative error of the velocity, from 0 (off) to below 1, got {self.step_cache};"
+                " try 0.05"
+            )
+        low, high = self.interval
+        if not 0 <= low < high <= 1:
+            raise InputError(f"--cfg-interval takes two sigmas, 0 <= low < high <= 1, got {low} {high}; try 0.2 0.9")
         if self.crf is not None and not 0 <= self.crf <= 51:
             raise InputError(f"--crf must be from 0 (best) to 51, got {self.crf}")
         if self.frame_rate is not None and not 0.1 <= self.frame_rate <= 1000:

@@ -20,6 +20,7 @@ from lcv_core.cli.job import Job
 from lcv_core.cli.progress import Reporter
 from lcv_core.config import Native
 from lcv_core.dit.attention import resolve_backend
+from lcv_core.dit.compiled import check_compiler
 from lcv_core.dit.kernels import resolve_kernels
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.errors import InputError
@@ -162,6 +163,8 @@ class Session:
         dtype = pick_dtype(job.dtype, where, checkpoint)
         # Refused here, with the reason, rather than after the text encoder has run.
         resolve_backend(job.attention, device=where, dtype=dtype, head_dim=checkpoint.dit_config.head_dim)
+        if job.compile == "blocks":
+            check_compiler(where)
         check_weights(job.weights, checkpoint.dit_tensors, str(checkpoint.dit))
         check_streaming(job.stream, job.weights, checkpoint.dit_tensors, where, str(checkpoint.dit))
         resolve_kernels(job.kernels, where)
@@ -243,7 +246,12 @@ class Session:
         stack.callback(dit.stop_streaming)
         if self.job.timestep_precision != dit.config.timestep_precision:
             dit.config = dataclasses.replace(dit.config, timestep_precision=self.job.timestep_precision)
+        if self.job.sparsity is not None:
+            dit.config = dataclasses.replace(
+                dit.config, bsa=dataclasses.replace(dit.config.bsa, sparsity=self.job.sparsity)
+            )
         dit.set_attention(self.job.attention)
+        dit.set_compile(self.job.compile)
         vae = self.checkpoint.load_vae(device=self.device, dtype=self.dtype)
         for lora in self.job.loras:
             stack.enter_context(load_lora(dit, lora.resolve(), lora.strength))

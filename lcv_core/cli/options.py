@@ -18,6 +18,7 @@ from lcv_core.names import (
     CacheStorage,
     CfgMode,
     CfgScope,
+    Compile,
     Fit,
     MemoryChoice,
     Posterior,
@@ -104,6 +105,17 @@ class MachineOptions:
     attention: Annotated[
         str, option("--attention", panel=MACHINE, help="auto, sdpa, flash2, flash3, sage, xformers or bsa.")
     ] = "auto"
+    sparsity: Annotated[
+        float | None,
+        option(
+            "--sparsity", panel=MACHINE, min=0, max=1,
+            help="Share of the attention blocks left out by bsa; the model's own, trained for refining, is 0.9375.",
+        ),
+    ] = None  # fmt: skip
+    compile: Annotated[
+        Compile,
+        option("--compile", panel=MACHINE, help="blocks: through torch.compile; a minute once, then faster steps."),
+    ] = "off"
     timestep_precision: Annotated[
         TimestepPrecision, option(panel=MACHINE, help="model: rounded to its dtype, as released; fp32: exact.")
     ] = "model"
@@ -171,6 +183,20 @@ class SamplingOptions:
         CfgMode | None,
         option("--cfg-mode", panel=SAMPLING, help="sequential: two passes, less memory; batched: both in one."),
     ] = None
+    cfg_interval: Annotated[
+        tuple[float, float] | None,
+        option(
+            "--cfg-interval", panel=SAMPLING, metavar="LOW HIGH",
+            help="Sigmas of the steps that are guided; the others take half the time. All: 0 1.",
+        ),
+    ] = None  # fmt: skip
+    step_cache: Annotated[
+        float,
+        option(
+            "--step-cache", panel=SAMPLING, min=0,
+            help="Relative error of a step for which it may reuse an earlier one, such as 0.05; 0 is off.",
+        ),
+    ] = 0.0  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,8 @@ def _make_clip(
             c, text=text, negative_text=negative, height=plan.size[0], width=plan.size[1], num_frames=job.num_frames,
             num_steps=job.num_steps, guidance_scale=job.guidance_scale, schedule=job.schedule,
             generator=torch.Generator().manual_seed(job.seed), cfg_scope=job.cfg_scope, cfg_mode=job.cfg_mode,
-            output="latents", progress=progress, on_step=lambda info: reporter.on_step(info, label), **plan.condition,
+            cfg_interval=job.interval, step_cache=job.step_cache, output="latents", progress=progress,
+            on_step=lambda info: reporter.on_step(info, label), **plan.condition,
         )  # fmt: skip
     except NumericalError:
         progress.clear()  # going on would end in the same step
@@ -251,7 +252,8 @@ def _run_options(session: Session) -> Run:
     job = session.job
     return Run.of(
         num_steps=job.num_steps, guidance_scale=job.guidance_scale, schedule=job.schedule, cfg_scope=job.cfg_scope,
-        cfg_mode=job.cfg_mode, output="latents", on_step=None, progress=None,
+        cfg_mode=job.cfg_mode, output="latents", on_step=None, progress=None, cfg_interval=job.interval,
+        step_cache=job.step_cache,
     )  # fmt: skip
 
 
@@ -352,7 +354,7 @@ class _Segments:
         self._start(self.current, step)
 
     def on_step(self, index: int, info: StepInfo) -> None:
-        self.reporter.advance(self.label(index), info.step, info.num_steps)
+        self.reporter.on_step(info, self.label(index))
         if len(self.steps) > 1:
             done = sum(self.steps[:index]) + info.step
             self.reporter.advance(ALL, done, sum(self.steps), quiet=True)
@@ -419,7 +421,8 @@ def _run_long(session: Session, target: Target, overwrite: bool, stack: ExitStac
         height=size[0], width=size[1], num_frames=num_frames, num_cond_frames=cond_frames, num_steps=job.num_steps,
         guidance_scale=job.guidance_scale, schedule=job.schedule, uniform_tail=job.uniform_tail,
         use_kv_cache=job.kv_cache, handover=job.handover, seed=job.seed, posterior=job.posterior,
-        cfg_scope=job.cfg_scope, cfg_mode=job.cfg_mode, store=work.store, done=work.done, on_step=work.on_step, **start,
+        cfg_scope=job.cfg_scope, cfg_mode=job.cfg_mode, cfg_interval=job.interval, step_cache=job.step_cache,
+        store=work.store, done=work.done, on_step=work.on_step, **start,
     )  # fmt: skip
     work.write(segments, with_source=with_source)
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lcv_core import schedule as schedules
 from lcv_core.config import Native
-from lcv_core.denoise import Guidance, OnStep, Progress, denoise
+from lcv_core.denoise import Guidance, OnStep, Progress, check_interval, denoise
 from lcv_core.dit.model import LongCatDiT
+from lcv_core.dit.step_cache import check_budget
 from lcv_core.errors import InputError
 from lcv_core.image_io import as_frames, resize_frames
 from lcv_core.names import CfgMode, CfgScope, Fit, Output, Posterior, Schedule, check_name
@@ -30,7 +31,9 @@ from lcv_core.weights.lora import load_lora
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Text = TextStates | str | Sequence[str]
 T = TypeVar("T")
+Interval = tuple[float, float]  # of sigmas, the lower first
 
+WHOLE: Interval = (0.0, 1.0)
 # (num_steps, guidance_scale) that go with a schedule when the caller names neither.
 SCHEDULE_DEFAULTS: dict[Schedule, tuple[int, float]] = {"base": (50, 4.0), "distilled": (16, 1.0)}
 REFINE_DEFAULT_STEPS = 50
@@ -120,18 +123,29 @@ class Run:
     output: Output
     on_step: OnStep | None
     progress: Progress | None
+    cfg_interval: Interval = WHOLE
+    step_cache: float = 0.0
 
     @classmethod
     def of(
         cls, *, num_steps: int | None, guidance_scale: float | None, schedule: Schedule, cfg_scope: CfgScope,
         cfg_mode: CfgMode, output: Output, on_step: OnStep | None, progress: Progress | None,
+        cfg_interval: Interval = WHOLE, step_cache: float = 0.0,
     ) -> Run:  # fmt: skip
         check_name("schedule", schedule, Schedule)
         check_name("output", output, Output)
         steps, scale = SCHEDULE_DEFAULTS[schedule]
         steps = steps if num_steps is None else num_steps
         scale = scale if guidance_scale is None else guidance_scale
-        return cls(steps, scale, schedule, cfg_scope, cfg_mode, output, on_step, progress)
+        check_interval(cfg_interval)
+        check_budget(step_cache)
+        return cls(steps, scale, schedule, cfg_scope, cfg_mode, output, on_step, progress, cfg_interval, step_cache)
+
+    def denoise(self, c: Components, latents: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+        """`Components.denoise` with the run's own options; a host's need not know those that are off."""
+        if self.step_cache:
+            options["step_cache"] = self.step_cache
+        return c.denoise(latents, sigmas, on_step=self.on_step, progress=self.progress, **options)
 
     def sigmas(self, flow_shift: float, *, uniform_tail: bool = False) -> Tensor:
         """The schedule's sigmas; the uniform tail belongs to the base schedule alone."""
@@ -170,14 +184,15 @@ def guidance(c: Components, run: Run, negative: Text | None, batch: int, prompts
     prompts: how many prompts make that batch; None: as many as videos.
     """
     if not run.guidance_scale > 1.0:
-        return Guidance(scope=run.cfg_scope, mode=run.cfg_mode)
+        return Guidance(scope=run.cfg_scope, mode=run.cfg_mode, interval=run.cfg_interval)
     if negative is None and c.text_encoder is None:
         raise InputError(
             f"guidance_scale {run.guidance_scale:g} needs a negative_text; pass TextStates or set guidance_scale=1"
         )
     states = encode_text(c, "" if negative is None else negative, what="negative_text")
     prompts = batch if prompts is None else prompts
-    return Guidance(run.guidance_scale, _negatives(states, prompts, batch), run.cfg_scope, run.cfg_mode)
+    negatives = _negatives(states, prompts, batch)
+    return Guidance(run.guidance_scale, negatives, run.cfg_scope, run.cfg_mode, run.cfg_interval)
 
 
 def _negatives(states: TextStates, prompts: int, batch: int) -> TextStates:

@@ -33,7 +33,9 @@ for case in json.loads(sys.argv[1]):
     k, v = (torch.randn(1, heads, tokens, dim, dtype=dtype) for _ in range(2))
     chooser = "torch" if case["cdf"] else "triton"
     with LiveBytes() as live:
-        found = select_blocks(q, k, grid, grid, case["block"], keep=case["keep"], cdf_threshold=case["cdf"], backend=chooser)
+        found = select_blocks(
+            q, k, grid, grid, case["block"], keep=case["keep"], cdf_threshold=case["cdf"], backend=chooser
+        )
         block_sparse_attention(q, k, v, found, backend="triton")
     out.append(live.peak)
 print(json.dumps(out))

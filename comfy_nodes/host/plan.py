@@ -82,6 +82,7 @@ def _kept(model: Any) -> Job:
     return Job(
         weight_dtype=_DTYPES.get(weight, "bf16"), compute_dtype=_DTYPES[network.compute_dtype],
         vae_dtype=_DTYPES[vae_dtype], adapters="merged", weight_copies=WEIGHT_COPIES, device=planned_device(),
+        cache_storage=network.cache_storage, cache_place=network.cache_place,
     )  # fmt: skip
 
 

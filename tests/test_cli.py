@@ -18,7 +18,7 @@ from lcv_core.cli.app import app
 from lcv_core.cli.main import _as_options
 from lcv_core.cli.progress import Reporter, clock
 
-COMMANDS = ("t2v", "i2v", "continue", "long", "refine", "rerun", "inspect", "init", "convert", "train")
+COMMANDS = ("t2v", "i2v", "continue", "long", "refine", "rerun", "inspect", "plan", "init", "convert", "train")
 
 
 def test_help_lists_every_command() -> None:

@@ -15,15 +15,19 @@ from tiny_models import components, pictures, seeded, text
 from torch import Tensor
 
 from lcv_core.denoise import StepInfo
-from lcv_core.errors import OutOfMemory, is_out_of_host_memory, is_out_of_memory
+from lcv_core.errors import InputError, OutOfMemory, is_out_of_host_memory, is_out_of_memory
 from lcv_core.pipelines import Components, continue_video, long_video_segments, refine_video, text_to_video
+from lcv_core.pipelines import memory as memory_module
 from lcv_core.pipelines.base import StreamingDecoder, encode_frames, to_pixels
 from lcv_core.pipelines.memory import Memory
+from lcv_core.planning import Job
 from lcv_core.planning.choose import Planner
+from lcv_core.planning.machine import Machine, Speed
 from lcv_core.planning.settings import Settings
 from lcv_core.vae.tiling import Tiling
 
 GPU, HOST = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError("no memory")
+SPEED = Speed(1e11, 1e10, 1e10)
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: 123 bytes")
 
 
@@ -268,3 +272,31 @@ def test_what_a_failed_stage_held_is_free_before_it_is_repeated() -> None:
 
     assert made.run("sampling", work, lambda move: None, str) == 7
     assert free == [True]
+
+
+def test_components_that_are_loaded_get_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = sample(components())
+    c = components()
+    made = Memory.planned(c, Job(height=32, width=48, num_frames=9))
+    assert c.memory is made and made.settings == Settings()
+    assert torch.equal(sample(c), expected)
+    with pytest.raises(InputError, match="does not fit on"):
+        monkeypatch.setattr(memory_module, "this_machine", lambda device: Machine("none", "cpu", 1, 1, SPEED))
+        Memory.planned(c, Job(height=32, width=48, num_frames=9))
+
+
+def test_an_error_while_a_change_is_carried_out_leads_to_the_next_one() -> None:
+    made, changes = memory(Settings(cfg_mode="batched")), []
+
+    def change(move: Any) -> None:
+        changes.append(dict(move.changes))
+        if len(changes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def work() -> int:
+        if len(changes) < 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 7
+
+    assert made.run("sampling", work, change, str) == 7
+    assert changes == [{"cfg_mode": "sequential"}, {"stream": "ram"}]

@@ -149,6 +149,12 @@ def with_settings(job: Job, settings: Settings) -> Job:
     return dataclasses.replace(job, **values)
 
 
+def settings_of(job: Job) -> Settings:
+    """What the job has in its fields."""
+    names = [f.name for f in dataclasses.fields(Settings) if f.name != "text_device"]
+    return Settings(**{name: getattr(job, _FIELDS.get(name, name)) for name in names})
+
+
 def chosen_line(choice: Choice, fixed: Mapping[str, Any]) -> str | None:
     """What a plan chose that is not what happens anyway, in one line; None where that is nothing."""
     first = Settings(**{"cfg_mode": choice.settings.cfg_mode, **fixed})

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lcv_core.cli.fit import settings_of
 from lcv_core.cli.job import Job
 from lcv_core.cli.progress import Reporter
 from lcv_core.config import Native
@@ -264,10 +265,7 @@ class Session:
         """What memory decides: as the plan has it by now, or as the job says."""
         if self.memory is not None:
             return self.memory.settings
-        job = self.job
-        return Settings(
-            stream=job.stream, cache_storage=job.kv_cache_storage, cache_place=job.kv_cache_place, tile=job.tile
-        )
+        return settings_of(self.job)
 
     def _load_dit(self) -> LongCatDiT:
         return self.checkpoint.load_dit(

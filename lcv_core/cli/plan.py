@@ -57,8 +57,12 @@ def _machine(asked: Asked) -> Machine:
         return this_machine(pick_device(name), measured=True)
     try:
         return machine_named(name)
-    except InputError:
-        return this_machine(pick_device(name), measured=True)
+    except InputError as unknown:
+        try:
+            device = pick_device(name)
+        except InputError:
+            raise unknown from None
+        return this_machine(device, measured=True)
 
 
 def _like(vram: float) -> str:

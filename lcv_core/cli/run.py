@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lcv_core.cli.errors import Stopped
-from lcv_core.cli.fit import Known, chosen_line, make_planner, with_settings
+from lcv_core.cli.fit import Known, chosen_line, make_planner, settings_of, with_settings
 from lcv_core.cli.job import Job
 from lcv_core.cli.load import Session, check_hashes, open_for, pick_device, pick_dtype, with_hashes
 from lcv_core.cli.outputs import (
@@ -141,6 +141,8 @@ def _fitted(
     planner = make_planner(
         job, Known.of(checkpoint), this_machine(device), dtype=dtype, source=source, source_frames=frames, free=free
     )
+    if request.made_by is not None and not planner.steps():
+        return job, Memory(planner, settings_of(job), reporter.say)  # a repetition is tried all the same
     choice = planner.best()
     line = chosen_line(choice, planner.fixed)
     if line:

@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from lcv_core.config import TextConfig, VAEConfig
 from lcv_core.denoise import Progress, denoise
 from lcv_core.errors import OutOfMemory, is_out_of_host_memory, is_out_of_memory
+from lcv_core.planning import Job
 from lcv_core.planning.choose import Planner
 from lcv_core.planning.fallback import Move, describe, moves, stage_need
+from lcv_core.planning.machine import this_machine
+from lcv_core.planning.plan import Models
 from lcv_core.planning.settings import Settings
 from lcv_core.vae.tiling import Tiling
 
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("lcv_core")
 
 T = TypeVar("T")
+_NO_TEXT = TextConfig(vocab_size=1, d_model=1, d_kv=1, d_ff=1, num_layers=1, num_heads=1)  # it is encoded elsewhere
 
 
 @dataclass
@@ -36,6 +41,7 @@ class Memory:
     """The settings that a run has now, and its way to others.
 
     say: gets a line for each change. block_files: makes what blocks are read from on disk; None: they cannot be.
+    tried, changed: the changes so far, in words and by name.
     """
 
     planner: Planner
@@ -43,6 +49,30 @@ class Memory:
     say: Callable[[str], None] = log.warning
     block_files: Callable[[], Source] | None = None
     tried: list[str] = field(default_factory=list)
+    changed: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def planned(cls, c: Components, job: Job, **fixed: Any) -> Memory:
+        """For loaded components on the machine they are on: the settings that fit are chosen and carried out.
+
+        job: what is to be made; its dtypes are set from the components. fixed: settings that stay, by name. The form of
+        the weights does, and where the text is encoded: both are there already. Raises InputError where nothing fits.
+        """
+        c.memory = None
+        name: Any = {torch.float32: "fp32", torch.float16: "fp16"}.get(c.dit.dtype, "bf16")
+        device = "gpu" if c.device.type == "cuda" else "cpu"
+        job = replace(
+            job, together=True, device=device, compute_dtype=name, weight_dtype=name, vae_dtype=name, text_dtype=name
+        )
+        weights = sum(p.nbytes for p in c.dit.parameters()) + sum(b.nbytes for b in c.dit.buffers())
+        vae = VAEConfig() if c.vae is None else c.vae.config
+        models = Models(c.dit.config, vae, _NO_TEXT, dit_weights=weights)
+        given = {"weights": "plain", "window": None, "text_device": "same"} | fixed
+        planner = Planner(job, models, this_machine(c.device), fixed=given)
+        made = cls(planner, planner.best().settings)
+        made.apply(c, Move(made.settings, made.settings.changed_from(Settings())))
+        c.memory = made
+        return made
 
     def run(self, stage: str, work: Callable[[], T], change: Callable[[Move], None], where: Callable[[], str]) -> T:
         """work(), again after each change while memory runs out. stage: a key of `fallback.MOVES`.
@@ -50,8 +80,11 @@ class Memory:
         change(move): carries a move out. where(): "at step 3", for the line that is said. Raises OutOfMemory when
         nothing is left to change; every other error, Ctrl-C too, goes through.
         """
+        move: Move | None = None
         while True:
             try:
+                if move is not None:
+                    change(move)
                 return work()
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -59,7 +92,7 @@ class Memory:
                 host, first = is_out_of_host_memory(error), str(error).splitlines()[:1]
             # The error is gone by now, and with it the frames that held the stage's tensors.
             self._free()
-            change(self._next(stage, host, where(), "".join(first)))
+            move = self._next(stage, host, where(), "".join(first))
 
     def _next(self, stage: str, host: bool, where: str, error: str) -> Move:
         found = next(moves(self.planner, self.settings, stage, host=host, disk=self.block_files is not None), None)
@@ -74,6 +107,7 @@ class Memory:
             )
         self.say(f"{place}; going on with {found.words}")
         self.tried.append(found.words)
+        self.changed |= found.changes
         self.settings = found.settings
         return found
 
@@ -111,8 +145,8 @@ class Memory:
 
         def work() -> Tensor:
             guide = guidance
-            if guide is not None and self.settings.cfg_mode == "sequential" and "cfg_mode" not in self.planner.fixed:
-                guide = replace(guide, mode="sequential")
+            if guide is not None and "cfg_mode" in self.changed:
+                guide = replace(guide, mode=self.changed["cfg_mode"])
             return denoise(c.dit, latents, sigmas, progress=kept, guidance=guide, **options)
 
         return self.run("sampling", work, lambda move: self.apply(c, move), lambda: f"at step {kept.step + 1}")

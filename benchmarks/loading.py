@@ -182,7 +182,7 @@ def extrapolated(seconds: float, blocks: int, depth: int) -> str:
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
     new = not path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(FIELDS), lineterminator="\n")
+        writer: csv.DictWriter[str] = csv.DictWriter(file, list(FIELDS), lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)

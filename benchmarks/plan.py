@@ -19,7 +19,7 @@ from lcv_core.planning.machine import Machine, machine_named
 from lcv_core.planning.settings import Settings, sentence
 
 TARGET = Path(__file__).with_name("plan.csv")
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "case", "device", "vram_gb", "ram_gb", "fits", "settings", "peak_vram_gb", "peak_ram_gb", "seconds", "stage",
     "stage_vram_gb", "goal",
 )  # fmt: skip

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from lcv_core.cli import run
 from lcv_core.dit.model import LongCatDiT
+from lcv_core.planning import plan
 from lcv_core.planning.machine import Machine, Speed
 from lcv_core.text.encoder import TextEncoder
 
@@ -128,6 +129,7 @@ def test_out_of_memory_in_a_command_goes_on_and_says_so(tiny_checkpoint: Path, m
     made(*T2V, "-m", tiny_checkpoint, "--memory", "given")
     expected = latents()
     monkeypatch.setattr(run, "this_machine", lambda device: card)
+    monkeypatch.setattr(plan, "STREAM_SLOTS", 1)  # two blocks are all that the tiny model has
     calls = {"forward": 0, "encode": 0}
     forward, encode = LongCatDiT.forward, TextEncoder.encode
 

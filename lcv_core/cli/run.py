@@ -61,6 +61,8 @@ from lcv_core.shapes import check_cond_frames, check_frames, check_size
 from lcv_core.text.encoder import TextStates
 from lcv_core.video_io import count_frames, iter_video, probe_video, read_video
 from lcv_core.weights.checkpoint import Checkpoint
+from lcv_core.weights.quantised import check_weights
+from lcv_core.weights.streamed import check_streaming
 
 ALL = "All segments"
 # Of what the plan may choose, what the numbers depend on; the rest is the same wherever it is done.
@@ -137,6 +139,9 @@ def _fitted(
         free = free - NUMBERS
     device = pick_device(request.device)
     dtype = pick_dtype(job.dtype, device, checkpoint)
+    # What cannot be had at all is said as such, not as a lack of memory.
+    check_weights(job.weights, checkpoint.dit_tensors, str(checkpoint.dit))
+    check_streaming(job.stream, job.weights, checkpoint.dit_tensors, device, str(checkpoint.dit))
     source, frames = _source_shape(job, checkpoint.native.frame_rate)
     planner = make_planner(
         job, Known.of(checkpoint), this_machine(device), dtype=dtype, source=source, source_frames=frames, free=free

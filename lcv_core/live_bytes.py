@@ -44,4 +44,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> list[UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """Of tensors, and those that are given themselves, as `Tensor.set_` is."""
+    leaves = tree_leaves(tree)
+    own = [leaf for leaf in leaves if isinstance(leaf, UntypedStorage)]
+    return own + [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)]

@@ -22,8 +22,13 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 # How the large weights are in memory: in the dtype of the rest, as the file has them, or in a format of quant.formats;
 # with -matmul they are multiplied in eight bits too.
 Weights = Literal["plain", "stored", "fp8", "int8", "q8_0", "q5_k", "q4_k", "fp8-matmul", "int8-matmul"]
+# Where the transformer's blocks wait for their turn: all on the device, in system memory, or in the checkpoint's files.
+Streaming = Literal["off", "ram", "disk"]
+Compile = Literal["off", "blocks"]
 CacheStorage = Literal["model", "fp8"]
 CachePlace = Literal["device", "cpu"]
+# Whether what memory decides is chosen by the plan where it is not named, and changed where memory runs out.
+MemoryChoice = Literal["auto", "given"]
 
 
 def check_name(what: str, value: str, choices: Any) -> None:

@@ -71,12 +71,14 @@ class PartialRun:
     note: text stored beside the latents, for `read_note`.
     every: seconds between saves while it runs (it is saved in any case when the run is interrupted).
     on_resume: called with the steps already done and the file when there is something to go on from.
+    state: JSON that is saved beside the latents; after `load` of unfinished work, what was saved with it.
     """
 
     def __init__(
         self, path: str | Path, key: str, *, note: str = "", every: float = 120.0, on_resume: OnResume | None = None
     ) -> None:
         self.path, self.key, self.note, self.every, self.on_resume = Path(path), key, note, every, on_resume
+        self.state: dict[str, Any] = {}
         self._saved_at = time.monotonic()
 
     def load(self, latents: Tensor) -> tuple[int, Tensor]:
@@ -86,19 +88,22 @@ class PartialRun:
         try:
             with safe_open(self.path, "pt") as file:
                 metadata, saved = file.metadata() or {}, file.get_tensor("latents")
-            step = int(metadata.get("step", ""))
+            step, state = int(metadata.get("step", "")), json.loads(metadata.get("state", "{}"))
         except (SafetensorError, OSError, ValueError) as error:
             log.warning("ignoring the unreadable partial run %s (%s)", self.path, error)
             return 0, latents
         if metadata.get("key") != self.key or saved.shape != latents.shape:
             log.warning("%s belongs to a run with other settings; starting afresh", self.path)
             return 0, latents
+        self.state = state
         if self.on_resume:
             self.on_resume(step, self.path)
         return step, saved.to(latents)
 
     def save(self, step: int, latents: Tensor) -> None:
         metadata = {"key": self.key, "step": str(step), "note": self.note}
+        if self.state:
+            metadata["state"] = json.dumps(self.state)
         save_atomic(self.path, {"latents": latents.float()}, metadata)
         self._saved_at = time.monotonic()
 

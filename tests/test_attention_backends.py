@@ -6,12 +6,15 @@ import logging
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import make_dit, randn, text
+from cli_helpers import made, refused
+from safetensors.torch import load_file
+from tiny_models import components, make_dit, pictures, randn, seeded, text
 from torch import Tensor
 
 from lcv_core.config import BSAConfig
@@ -19,6 +22,7 @@ from lcv_core.dit import attention
 from lcv_core.dit.attention import BACKENDS, BackendUnavailable, available_backends, resolve_backend
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.errors import InputError
+from lcv_core.pipelines import continue_video, image_to_video
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PACKAGES = {
@@ -239,6 +243,41 @@ def test_bsa_by_name_with_a_cache() -> None:
     cache = dit.build_kv_cache(x[:, :, :2])
     cached = dit(x[:, :, 2:], timestep[:, 2:], states, num_cond_latents=2, kv_cache=cache)
     assert (cached - whole).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("task", ["continue", "i2v"])
+def test_bsa_by_name_in_a_base_pass(task: str) -> None:
+    """With condition frames, cached or not, and blocks that the grid does not fill: 5 frames of 2x3 tokens."""
+    dit = make_dit(bsa=BSAConfig(sparsity=0.6, block_q=(2, 2, 2), block_k=(2, 2, 2)))
+    results = {}
+    for name in ("bsa", "sdpa"):
+        dit.set_attention(name)
+        for cached in (True, False):
+            options: dict[str, Any] = {"text": text(), "negative_text": text(seed=9), "num_steps": 2}
+            options |= {"num_frames": 17, "generator": seeded(), "output": "latents"}
+            if task == "continue":
+                options |= {"frames": pictures(5), "num_cond_frames": 5, "use_kv_cache": cached, "uniform_tail": False}
+                results[name, cached] = continue_video(components(dit=dit), **options)
+            else:
+                options |= {"image": pictures(1)[0], "height": 32, "width": 48}
+                results[name, cached] = image_to_video(components(dit=dit), **options)
+    assert (results["bsa", True] - results["bsa", False]).abs().max() <= 1e-4
+    assert (results["bsa", True] - results["sdpa", True]).abs().max() > 1e-2
+
+
+def test_sparsity_on_the_command_line(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a grid of 3x4x8 tokens, of which the model's blocks of 4x4x4 make two."""
+    monkeypatch.chdir(tmp_path)
+    call = ["t2v", "-m", tiny_checkpoint, "-p", "x", "--steps", 1, "--seed", 1, "--frames", 9, "-g", 1]
+    call += ["--height", 64, "--width", 128]
+    sparse = ["--attention", "bsa", "--sparsity"]
+    for name, more in {"dense": [], "whole": [*sparse, 0], "half": [*sparse, 0.5]}.items():
+        made(*call, *more, "-o", f"{name}.safetensors")
+    dense, whole, half = (load_file(f"{name}.safetensors")["latents"] for name in ("dense", "whole", "half"))
+    assert torch.allclose(whole, dense, atol=1e-4)
+    assert (half - dense).abs().max() > 1e-3
+    assert "ask for that with --attention bsa" in refused(*call, "--sparsity", 0.5)
+    assert "try 0.875" in refused(*call, "--attention", "bsa", "--sparsity", 1.0)
 
 
 def test_a_function_is_taken_as_it_is() -> None:

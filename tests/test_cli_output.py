@@ -366,10 +366,13 @@ _OTHER: dict[str, Any] = {
     "cfg_scope": "all", "cfg_mode": "batched", "t_thresh": 0.4, "refine_steps": 3, "spatial_only": True,
     "time_mapping": "exact", "joint": "cut", "window": 9, "attention": "bsa", "refine_attention": "dense",
     "dtype": "bf16", "weights": "int8", "timestep_precision": "fp32", "tile": 256,
+    "cfg_interval": [0.1, 0.9], "step_cache": 0.05, "compile": "blocks", "sparsity": 0.5,
+    "kv_cache_storage": "fp8", "kernels": "torch",
 }  # fmt: skip
 # What does not change the latents: where things are, and the form of the output.
 _FORM: dict[str, Any] = {
     "model": "n", "vae": "v", "text_encoder": "t", "tokenizer": "k", "frame_rate": 30.0, "crf": 30.0, "keep": "new",
+    "stream": "disk", "resident": 2.0, "kv_cache_place": "cpu",
 }  # fmt: skip
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from cli_helpers import made, refused
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import randn
+from safetensors.torch import load_file
+from tiny_models import components, make_dit, randn, text
 from torch import Tensor
 
-from lcv_core.denoise import Guidance
+from lcv_core import schedule
+from lcv_core.denoise import Guidance, denoise
 from lcv_core.errors import InputError
 from lcv_core.guidance import cfg_zero
+from lcv_core.pipelines import text_to_video
 
 
 def naive(cond: Tensor, uncond: Tensor, g: float, frames: list[int]) -> Tensor:
@@ -67,3 +74,68 @@ def test_guidance_names_are_checked() -> None:
         Guidance(4.0)
     assert not Guidance(1.0).active
     assert not Guidance(0.5).active
+
+
+# The interval of guided steps
+
+
+SIGMAS = schedule.base(6)
+LEVELS = SIGMAS.tolist()
+
+
+def counted(guidance: Guidance, **options: Any) -> tuple[Tensor, list[int]]:
+    """The latents, and the samples of each forward of the network."""
+    dit, batches = make_dit(), []
+    dit.x_embedder.register_forward_hook(lambda _m, x, _y: batches.append(x[0].shape[0]))
+    return denoise(dit, randn(1, 16, 3, 4, 6), SIGMAS, text=text(), guidance=guidance, **options), batches
+
+
+@pytest.mark.parametrize("cond", [{}, {"num_cond_latents": 1}, {"num_cond_latents": 1, "use_kv_cache": True}])
+def test_steps_outside_the_interval_run_one_branch(cond: dict[str, Any]) -> None:
+    """Step by step what a guided and an unguided run give; both ends of the interval belong to it."""
+    between = (LEVELS[4], LEVELS[2])
+    cached = [1] if cond.get("use_kv_cache") else []
+    results = {}
+    for mode, forwards in (("sequential", [1, 1]), ("batched", [2])):
+        guidance = Guidance(4.0, text(seed=9), mode=mode, interval=between)  # type: ignore[arg-type]
+        results[mode], batches = counted(guidance, **cond)
+        assert batches == cached + [1, 1] + 3 * forwards + [1]
+    assert (results["sequential"] - results["batched"]).abs().max() <= 1e-4
+    x, dit = randn(1, 16, 3, 4, 6), make_dit()
+    for step in range(6):
+        guidance = Guidance(4.0, text(seed=9)) if 2 <= step <= 4 else None
+        pair = SIGMAS[step : step + 2]
+        x = denoise(dit, x, pair, text=text(), guidance=guidance, **cond)
+    assert torch.equal(results["sequential"], x)
+
+
+def test_the_whole_interval_is_guidance_everywhere() -> None:
+    plain, forwards = counted(Guidance(4.0, text(seed=9)))
+    assert len(forwards) == 12
+    assert torch.equal(counted(Guidance(4.0, text(seed=9), interval=(0.0, 1.0)))[0], plain)
+    never, forwards = counted(Guidance(4.0, text(seed=9), interval=(0.0, 0.01)))
+    assert len(forwards) == 6
+    assert torch.equal(never, counted(Guidance())[0])
+
+
+@pytest.mark.parametrize("interval", [(0.9, 0.2), (-0.1, 0.5), (0.5, 1.5), (0.5, 0.5), (float("nan"), 1.0)])
+def test_intervals_that_are_none(interval: tuple[float, float]) -> None:
+    with pytest.raises(InputError, match="cfg_interval must be two sigmas, 0 <= low < high <= 1"):
+        Guidance(4.0, text(seed=9), interval=interval)
+    with pytest.raises(InputError, match="cfg_interval must be two sigmas"):
+        text_to_video(components(), text=text(), guidance_scale=1.0, cfg_interval=interval)
+
+
+def test_an_interval_on_the_command_line(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    call = ["t2v", "-m", tiny_checkpoint, "-p", "x", "--steps", 2, "--seed", 1, "--frames", 5]
+    call += ["--height", 32, "--width", 32]
+    for name, more in {
+        "whole": [], "same": ["--cfg-interval", 0, 1], "none": ["--cfg-interval", 0, 0.001], "off": ["-g", 1],
+    }.items():  # fmt: skip
+        made(*call, *more, "-o", f"{name}.safetensors")
+    whole, same, none, off = (load_file(f"{name}.safetensors")["latents"] for name in ("whole", "same", "none", "off"))
+    assert torch.equal(whole, same) and torch.equal(none, off) and not torch.equal(whole, off)
+    assert "try 0.2 0.9" in refused(*call, "--cfg-interval", 0.9, 0.2)

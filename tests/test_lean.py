@@ -57,7 +57,7 @@ def times(batch: int, frames: int, cond: int, *, apart: bool) -> Tensor:
 @pytest.fixture(params=["room", "no room"])
 def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values apart, as on a CPU, and where qkv made them, as on a GPU."""
-    monkeypatch.setattr(model, "_wants_room", lambda _x, cache: cache is not None or request.param == "room")
+    monkeypatch.setattr(model, "_wants_room", lambda _x, cache, _block: cache is not None or request.param == "room")
 
 
 @pytest.mark.usefixtures("small_pieces", "room")

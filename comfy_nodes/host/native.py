@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lcv_core.config import BSAConfig, DiTConfig, Native, VAEConfig
 from lcv_core.errors import InputError
-from lcv_core.planning import Device, Sampling
+from lcv_core.planning import Device, Sampling, sparse_kernels
 from lcv_core.text.encoder import fit_text
 from lcv_core.weights.assemble import load_strictly
 from lcv_core.weights.checkpoint import Checkpoint
@@ -78,7 +78,8 @@ class LongCatVideo(comfy.model_base.BaseModel):
         run = Sampling(
             (T, h, w), batch=B, num_cond_latents=min(self.num_cond_latents, T - 1),
             cached=self.cached, conditions=B if self.conditions_differ else 1, itemsize=network.compute_dtype.itemsize,
-            bsa=self.bsa, weight_copies=WEIGHT_COPIES, device=planned_device(),
+            bsa=self.bsa, weight_copies=WEIGHT_COPIES, device=planned_device(), sparse=sparse_kernels(planned_device()),
+            cache_storage=network.cache_storage, cache_place=network.cache_place,
         )  # fmt: skip
         need = run.activations(network.config) * _LOST + run.kv_cache(network.config)
         return max(need, super().memory_required(input_shape, *args, **kwargs)) if writes_scores() else need

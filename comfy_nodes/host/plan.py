@@ -85,6 +85,7 @@ def _kept(model: Any) -> Job:
     return Job(
         weight_dtype=weight if weight in ITEMSIZE else "q8_0", compute_dtype=_DTYPES[network.compute_dtype],
         vae_dtype=_DTYPES[vae_dtype], adapters="merged", weight_copies=WEIGHT_COPIES, device=planned_device(),
+        cache_storage=network.cache_storage, cache_place=network.cache_place,
     )  # fmt: skip
 
 

@@ -16,7 +16,9 @@ from lcv_core.cli.convert import convert
 from lcv_core.cli.eval import evaluate
 from lcv_core.cli.job import InputFile, Job, Lora, TimeMappingOrAuto, file_hash
 from lcv_core.cli.options import (
+    AUTO,
     CONDITION,
+    PLAN,
     PROMPT,
     SAMPLING,
     ConditionOptions,
@@ -25,13 +27,14 @@ from lcv_core.cli.options import (
     ModelOptions,
     OutputOptions,
     SamplingOptions,
+    named_settings,
     option,
     takes,
 )
 from lcv_core.cli.train import list_recipes, train
 from lcv_core.errors import InputError
 from lcv_core.miniature import MINIATURE
-from lcv_core.names import Handover, Joint, RefineAttention
+from lcv_core.names import Handover, Joint, RefineAttention, Streaming, Task
 
 app = typer.Typer(
     name="lcv",
@@ -87,7 +90,7 @@ def t2v(
 ) -> None:
     """Make a video from text."""
     job = _job("t2v", model, machine, output, sampling, prompts=_prompts(prompt), num_videos=num_videos)
-    _run(job, output, machine.device)
+    _run(job, output, machine, sampling)
 
 
 @app.command(epilog=example("lcv i2v -m MODEL -i girl.png -p 'she turns her head and smiles' -o girl.mp4"))
@@ -103,7 +106,7 @@ def i2v(
     job = _job(
         "i2v", model, machine, output, sampling, condition, prompts=_prompts(prompt), num_videos=num_videos, image=image
     )
-    _run(job, output, machine.device)
+    _run(job, output, machine, sampling)
 
 
 @app.command("continue", epilog=example("lcv continue clip.mp4 -m MODEL -p 'the motorcycle drives on' -o longer.mp4"))
@@ -118,7 +121,7 @@ def continue_(
         "continue", model, machine, output, sampling, condition, cont, prompts=_prompts(prompt),
         num_videos=num_videos, clip=clip,
     )  # fmt: skip
-    _run(job, output, machine.device)
+    _run(job, output, machine, sampling)
 
 
 @app.command(epilog=example("lcv long -m MODEL -p 'a train crosses a bridge' --segments 11 -o minute.mp4",
@@ -145,7 +148,7 @@ def long(
         "long", model, machine, output, sampling, condition, cont, prompts=_prompts(prompt), num_segments=segments,
         image=image, clip=clip, handover=handover,
     )  # fmt: skip
-    _run(job, output, machine.device)
+    _run(job, output, machine, sampling)
 
 
 @app.command(epilog=example("lcv refine clip.mp4 -m MODEL -o clip-720p.mp4",
@@ -193,7 +196,7 @@ def refine(
         refine_steps=steps, time_mapping=time_mapping, joint=joint, window=window,
         refine_attention=attention_pattern, height=height, width=width, seed=seed,
     )  # fmt: skip
-    _run(job, output, machine.device)
+    _run(job, output, machine, window=window)
 
 
 @app.command(epilog=example("lcv rerun cat.mp4", "lcv rerun cat.mp4 -m MODEL -o again.mp4"))
@@ -203,14 +206,23 @@ def rerun(
     output: Any,
     model: Annotated[Path | None, option("--model", "-m", panel="Model", help="Default: where it was.")] = None,
     device: Annotated[str, option("--device", panel="Machine", help="auto, cpu, cuda, ...")] = "auto",
+    stream: Annotated[
+        Streaming | None, option("--stream", panel="Machine", help="Where blocks wait; default: as then.")
+    ] = None,
+    text_cache: Annotated[
+        Path | None, option("--text-cache", panel="Machine", help="Folder that keeps encoded prompts.")
+    ] = None,
 ) -> None:
     """Repeat the job that made a file, from the settings it carries."""
     from lcv_core.cli.outputs import read_settings
 
     job = Job.from_metadata(read_settings(file), file)
     changes = {k: v for k in ("frame_rate", "crf") if (v := getattr(output, k)) is not None}
-    job = dataclasses.replace(job, model=str(model or job.model), **changes)
-    _run(job, output, device, made_by=file)
+    job = dataclasses.replace(job, model=str(model or job.model), stream=stream or job.stream, **changes)
+    from lcv_core.cli.run import Request
+
+    free = frozenset({"kv_cache_place"} | ({"stream"} if stream is None and job.stream == "off" else set()))
+    _start(Request(job, output.output, output.overwrite, device, made_by=file, text_cache=text_cache, free=free))
 
 
 @app.command(epilog=example("lcv inspect models/LongCat-Video", "lcv inspect some-lora.safetensors --json"))
@@ -227,6 +239,53 @@ def inspect(
         sys.stdout.write(to_json(inspection) + "\n")
     else:
         print_report(inspection, Console())
+
+
+@app.command(epilog=example("lcv plan --vram 12 --ram 32", "lcv plan refine --device rtx4080 --json",
+                            "lcv plan continue -m models/LongCat-Video --schedule distilled"))  # fmt: skip
+@takes(model=ModelOptions, sampling=SamplingOptions, cont=ContinueOptions, machine=MachineOptions)
+def plan(
+    model: Any, sampling: Any, cont: Any, machine: Any,
+    task: Annotated[Task, typer.Argument(help="What is to be done.")] = "t2v",
+    vram: Annotated[
+        float | None, option("--vram", panel=PLAN, min=0, help="GB of the GPU; default: what is free on this one.")
+    ] = None,
+    ram: Annotated[
+        float | None, option("--ram", panel=PLAN, min=0, help="GB of system memory; default: what is free here.")
+    ] = None,
+    json: Annotated[bool, option("--json", panel=PLAN, help="For programs.")] = False,
+    num_videos: NumVideos = 1,
+    segments: Annotated[int, option("--segments", "-s", panel=SAMPLING, min=1, help="Of a long video.")] = 1,
+    window: Annotated[int | None, option("--window", panel=SAMPLING, min=5, help="Frames refined at a time.")] = None,
+    refine_steps: Annotated[
+        int | None, option("--refine-steps", panel=SAMPLING, min=1, help="Refine steps; 5 as released.")
+    ] = None,
+    spatial_only: Annotated[bool, option("--spatial-only", panel=SAMPLING, help="Refine without more frames.")] = False,
+    attention_pattern: Annotated[
+        RefineAttention, option("--refine-attention", panel=SAMPLING, help="sparse: the model's block sparse settings.")
+    ] = "sparse",
+) -> None:  # fmt: skip
+    """Say what a job needs, what would be chosen for it and what it would go on with; computes nothing.
+
+    --device also takes a card: rtx3060, rtx4070, rtx4090, a100, ... Without --model it is LongCat-Video as released,
+    of which nothing has to be there.
+    """
+    job = _job(
+        task, model, machine, OutputOptions(), sampling, None, cont, prompts=[""], num_videos=num_videos,
+        num_segments=segments, window=window, refine_steps=refine_steps, spatial_only=spatial_only,
+        refine_attention=attention_pattern, seed=0,
+    )  # fmt: skip
+    job.check()
+
+    from lcv_core.cli.plan import Asked, planner_for, print_plan, to_json
+
+    named = named_settings(machine, sampling) | {"window": window}
+    free = frozenset() if machine.memory == "given" else frozenset(k for k, v in named.items() if v is None)
+    planner = planner_for(Asked(job, model.model is not None, free, machine.device, vram, ram))
+    if json:
+        sys.stdout.write(to_json(planner) + "\n")
+    else:
+        print_plan(planner, Console())
 
 
 @app.command(epilog=example("lcv init models/mini", "lcv init --preset tiny models/tiny"))
@@ -296,7 +355,8 @@ def _job(
     """The options of a command as a Job; hashes the files it names. A seed that is not named is -1."""
     values: dict[str, Any] = {
         "model": str(model.model or MINIATURE), "loras": [_lora(text) for text in model.lora or []],
-        "attention": machine.attention, "dtype": machine.dtype, "weights": machine.weights, "tile": machine.tile,
+        "attention": machine.attention, "dtype": machine.dtype, "kernels": machine.kernels, "compile": machine.compile,
+        "resident": machine.resident, "sparsity": machine.sparsity,
         "timestep_precision": machine.timestep_precision, "frame_rate": output.frame_rate, "crf": output.crf,
     }  # fmt: skip
     values |= {k: str(v) for k in ("vae", "text_encoder", "tokenizer") if (v := getattr(model, k)) is not None}
@@ -305,7 +365,8 @@ def _job(
             "negative_prompt": sampling.negative_prompt, "seed": sampling.seed, "num_steps": sampling.steps,
             "guidance_scale": sampling.guidance, "schedule": sampling.schedule, "height": sampling.height,
             "width": sampling.width, "num_frames": sampling.frames, "cfg_scope": sampling.cfg_scope,
-            "cfg_mode": sampling.cfg_mode,
+            "step_cache": sampling.step_cache,
+            "cfg_interval": None if sampling.cfg_interval is None else list(sampling.cfg_interval),
         }  # fmt: skip
     if condition is not None:
         values |= {"fit": condition.fit, "posterior": condition.posterior}
@@ -314,6 +375,7 @@ def _job(
             "num_cond_frames": cont.cond_frames, "keep": cont.keep, "uniform_tail": cont.uniform_tail,
             "kv_cache": cont.kv_cache,
         }  # fmt: skip
+    values |= {name: value for name, value in named_settings(machine, sampling).items() if value is not None}
     values |= own
     values |= {name: InputFile.of(values.get(name)) for name in ("image", "clip", "cond_video")}
     if values.get("seed") is None:
@@ -335,19 +397,31 @@ def _lora(text: str) -> Lora:
     return Lora(path, value, file_hash(Path(path)))
 
 
-def _run(job: Job, output: Any, device: str, made_by: Path | None = None) -> None:
-    """Carry out a job, checked as far as that goes before torch is imported."""
+def _run(job: Job, output: Any, machine: Any, sampling: Any = None, **own: Any) -> None:
+    """Carry out a job with the options it was asked for with; `own` are settings that a command names itself."""
     from lcv_core.cli.outputs import check_place
 
-    any_seed = made_by is None and job.seed == RANDOM
+    any_seed = job.seed == RANDOM
     if any_seed:
         job = dataclasses.replace(job, seed=random.SystemRandom().randrange(1 << 31))
-    job.check()
+    job.check()  # as far as that goes before torch is imported
     if output.output is not None:
         check_place(output.output, job)
 
-    from lcv_core.cli.progress import Reporter
-    from lcv_core.cli.run import Request, carry_out
+    from lcv_core.cli.run import Request
 
-    request = Request(job, output.output, output.overwrite, device, any_seed=any_seed, made_by=made_by)
+    named = named_settings(machine, sampling) | own
+    free = None if machine.memory == "given" else frozenset(AUTO) - {k for k, v in named.items() if v is not None}
+    place = output.output, output.overwrite, machine.device
+    _start(Request(job, *place, any_seed=any_seed, text_cache=machine.text_cache, free=free))
+
+
+def _start(request: Any) -> None:
+    from lcv_core.cli.outputs import check_place
+    from lcv_core.cli.progress import Reporter
+    from lcv_core.cli.run import carry_out
+
+    request.job.check()
+    if request.output is not None:
+        check_place(request.output, request.job)
     carry_out(request, Reporter())

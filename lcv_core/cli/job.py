@@ -18,8 +18,11 @@ from lcv_core import __version__
 from lcv_core.errors import InputError
 from lcv_core.files import require_file
 from lcv_core.names import (
+    CachePlace,
+    CacheStorage,
     CfgMode,
     CfgScope,
+    Compile,
     Fit,
     Handover,
     Joint,
@@ -27,6 +30,7 @@ from lcv_core.names import (
     Precision,
     RefineAttention,
     Schedule,
+    Streaming,
     Task,
     TimestepPrecision,
     Weights,
@@ -97,6 +101,7 @@ class Lora:
 class Job:
     """What is computed, without where it goes. Fields are None where the checkpoint's native value is meant.
 
+    stream, resident: where the transformer's blocks wait, and GB of them that stay on the device; the same numbers.
     model_hash: of the transformer. part_hashes: of whatever else of the checkpoint decides the numbers.
     """
 
@@ -131,6 +136,8 @@ class Job:
     posterior: Posterior = "mode"
     cfg_scope: CfgScope = "noise"
     cfg_mode: CfgMode = "sequential"
+    cfg_interval: list[float] | None = None
+    step_cache: float = 0.0
     t_thresh: float = 0.5
     refine_steps: int | None = None
     spatial_only: bool = False
@@ -138,10 +145,17 @@ class Job:
     joint: Joint = "blend"
     window: int | None = None
     attention: str = "auto"
+    sparsity: float | None = None
     refine_attention: RefineAttention = "sparse"
     dtype: Precision = "auto"
     weights: Weights = "plain"
+    stream: Streaming = "off"
+    resident: float = 0.0
+    kv_cache_storage: CacheStorage = "model"
+    kv_cache_place: CachePlace = "device"
+    kernels: str = "auto"
     timestep_precision: TimestepPrecision = "model"
+    compile: Compile = "off"
     tile: int = 0
     frame_rate: float | None = None
     crf: float | None = None
@@ -160,6 +174,16 @@ class Job:
     def segments(self) -> int:
         """Segments of a long video."""
         return len(self.prompts) if self.num_segments is None else self.num_segments
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Sigmas of the steps that are guided: all where none are named."""
+        if self.cfg_interval is None:
+            return 0.0, 1.0
+        if len(self.cfg_interval) != 2:
+            raise InputError(f"--cfg-interval takes two sigmas, got {self.cfg_interval}; try 0.2 0.9")
+        low, high = self.cfg_interval
+        return low, high
 
     def video(self, index: int) -> Self:
         """The job that makes output `index` alone."""
@@ -205,10 +229,25 @@ class Job:
                 raise InputError(f"{name} must be at least {low}, got {value}")
         if not 0.0 < self.t_thresh <= 1.0:
             raise InputError(f"--t-thresh must be in (0, 1], got {self.t_thresh}; the released refiner uses 0.5")
+        if self.sparsity is not None:
+            if not 0 <= self.sparsity < 1:
+                raise InputError(f"--sparsity must be from 0 to below 1, got {self.sparsity}; try 0.875")
+            if self.attention != "bsa" and (self.task != "refine" or self.refine_attention == "dense"):
+                raise InputError("--sparsity is of block sparse attention; ask for that with --attention bsa")
+        if not 0 <= self.step_cache < 1:
+            raise InputError(
+                f"--step-cache is a relative error of the velocity, from 0 (off) to below 1, got {self.step_cache};"
+                " try 0.05"
+            )
+        low, high = self.interval
+        if not 0 <= low < high <= 1:
+            raise InputError(f"--cfg-interval takes two sigmas, 0 <= low < high <= 1, got {low} {high}; try 0.2 0.9")
         if self.crf is not None and not 0 <= self.crf <= 51:
             raise InputError(f"--crf must be from 0 (best) to 51, got {self.crf}")
         if self.frame_rate is not None and not 0.1 <= self.frame_rate <= 1000:
             raise InputError(f"--frame-rate must be from 0.1 to 1000, got {self.frame_rate}")
+        if not 0 <= self.resident < math.inf:
+            raise InputError(f"--resident must be 0 or more GB, got {self.resident}")
         if self.tile < 0 or self.tile % TILE_MULTIPLE:
             near = max(1, round(self.tile / TILE_MULTIPLE)) * TILE_MULTIPLE
             raise InputError(f"--tile must be a multiple of {TILE_MULTIPLE}, got {self.tile}; try {near}")
@@ -234,7 +273,8 @@ class Job:
 
     def key(self) -> str:
         """Identifies unfinished work of this job: same key, same numbers."""
-        ignored = {"frame_rate", "crf", "keep", "model", "vae", "text_encoder", "tokenizer"}
+        places = {"stream", "resident", "kv_cache_place"}  # the same numbers wherever things wait
+        ignored = {"frame_rate", "crf", "keep", "model", "vae", "text_encoder", "tokenizer"} | places
         data = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
         for name in ("image", "clip", "cond_video"):  # what they hold counts, not where they are
             data[name] = data[name] and data[name]["sha256"]

@@ -6,35 +6,45 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from lcv_core.cli.fit import settings_of
 from lcv_core.cli.job import Job
 from lcv_core.cli.progress import Reporter
 from lcv_core.config import Native
 from lcv_core.dit.attention import resolve_backend
+from lcv_core.dit.compiled import check_compiler
+from lcv_core.dit.kernels import resolve_kernels
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.errors import InputError
+from lcv_core.files import prepare_target
 from lcv_core.miniature import MINIATURE, find_model
 from lcv_core.partial import fingerprint
 from lcv_core.pipelines.base import Components
+from lcv_core.pipelines.memory import Memory, tiling_of
+from lcv_core.planning.settings import Settings
 from lcv_core.schedule import FLOW_SHIFT
 from lcv_core.text.encoder import TextStates
 from lcv_core.text.prompt import DEFAULT_NEGATIVE_PROMPT
-from lcv_core.vae.tiling import Tiling
+from lcv_core.weights.assemble import Assembly
 from lcv_core.weights.checkpoint import Checkpoint, open_checkpoint, open_text_encoder, open_vae
 from lcv_core.weights.lora import load_lora
 from lcv_core.weights.lora_read import read_lora
-from lcv_core.weights.quantised import check_weights
+from lcv_core.weights.quantised import check_as_stored, check_weights
+from lcv_core.weights.streamed import BlockFiles, check_streaming
 from lcv_core.weights.tensors import TensorSource
 
 log = logging.getLogger("lcv_core")
+
+T = TypeVar("T")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMALL_MODEL = 2_000_000_000  # parameters; up to here a CPU runs fp32
@@ -139,16 +149,29 @@ class Session:
     device: torch.device
     dtype: torch.dtype
     reporter: Reporter
+    text_cache: Path | None = None
+    memory: Memory | None = None
 
     @classmethod
-    def open(cls, job: Job, checkpoint: Checkpoint, device: str, reporter: Reporter) -> Session:
-        """Checks everything that needs no weights."""
+    def open(
+        cls, job: Job, checkpoint: Checkpoint, device: str, reporter: Reporter, text_cache: Path | None = None,
+        memory: Memory | None = None,
+    ) -> Session:  # fmt: skip
+        """Checks everything that needs no weights. text_cache: a folder for the states of prompts."""
+        if text_cache is not None:
+            prepare_target(text_cache / "states")
         where = pick_device(device)
         dtype = pick_dtype(job.dtype, where, checkpoint)
         # Refused here, with the reason, rather than after the text encoder has run.
         resolve_backend(job.attention, device=where, dtype=dtype, head_dim=checkpoint.dit_config.head_dim)
+        if job.compile == "blocks":
+            check_compiler(where)
         check_weights(job.weights, checkpoint.dit_tensors, str(checkpoint.dit))
-        session = cls(job, checkpoint, where, dtype, reporter)
+        check_streaming(job.stream, job.weights, checkpoint.dit_tensors, where, str(checkpoint.dit))
+        resolve_kernels(job.kernels, where)
+        session = cls(job, checkpoint, where, dtype, reporter, text_cache, memory)
+        if memory is not None and can_be_read_again(job.weights, checkpoint.dit_tensors):
+            memory.block_files = lambda: BlockFiles(checkpoint.dit_tensors)
         session._check_adapters()
         return session
 
@@ -193,28 +216,68 @@ class Session:
         """
         self.reporter.say(f"seed {self.job.seed}")
         self.reporter.say(f"reading the prompt{'s' if len(prompts) > 1 else ''} ...")
-        encoder = self.checkpoint.load_text_encoder(device=self.device, dtype=self.dtype)
         negative = self.job.negative_prompt
         negative = DEFAULT_NEGATIVE_PROMPT if negative is None else negative
-        states = [encoder.encode([prompt]).to("cpu") for prompt in [*prompts, negative]]
-        del encoder
+        states = self._guarded("text encode", lambda: self._encode([*prompts, negative]))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return states[:-1], states[-1]
+
+    def _encode(self, prompts: list[str]) -> list[TextStates]:
+        on_cpu = self.memory is not None and self.memory.settings.text_device == "cpu"
+        device = torch.device("cpu") if on_cpu else self.device
+        encoder = self.checkpoint.cached_text_encoder(device=device, dtype=self.dtype, cache=self.text_cache)
+        together = encoder.encode(prompts).to("cpu")
+        return [together.select(i) for i in range(together.batch)]
+
+    def _guarded(self, stage: str, work: Callable[[], T]) -> T:
+        """work(), and with other settings where memory runs out; it reads them from `memory`."""
+        if self.memory is None:
+            return work()
+        return self.memory.run(stage, work, lambda move: None, str)
 
     def components(self, stack: ExitStack) -> Components:
         """DiT, VAE and the job's LoRAs; these are taken off again when `stack` closes."""
         name = "the miniature (name another model with --model)" if self.job.model == MINIATURE else "the model"
         self.reporter.say(f"loading {name} on {self.device} in {str(self.dtype).removeprefix('torch.')} ...")
-        dit = self.checkpoint.load_dit(device=self.device, dtype=self.dtype, weights=self.job.weights)
+        dit = self._guarded("sampling", self._load_dit)
+        settings = self._settings()
+        dit.set_kv_cache(storage=settings.cache_storage, place=settings.cache_place)
+        dit.set_kernels(self.job.kernels)
+        stack.callback(dit.stop_streaming)
         if self.job.timestep_precision != dit.config.timestep_precision:
             dit.config = dataclasses.replace(dit.config, timestep_precision=self.job.timestep_precision)
+        if self.job.sparsity is not None:
+            dit.config = dataclasses.replace(
+                dit.config, bsa=dataclasses.replace(dit.config.bsa, sparsity=self.job.sparsity)
+            )
         dit.set_attention(self.job.attention)
+        dit.set_compile(self.job.compile)
         vae = self.checkpoint.load_vae(device=self.device, dtype=self.dtype)
         for lora in self.job.loras:
             stack.enter_context(load_lora(dit, lora.resolve(), lora.strength))
-        tile = self.job.tile
         return Components(
             dit=dit, vae=vae, adapters=self.checkpoint.adapters, native=self.native, flow_shift=self.flow_shift,
-            tiling=Tiling(tile, tile * 3 // 4) if tile else None,
+            tiling=tiling_of(settings.tile), memory=self.memory,
         )  # fmt: skip
+
+    def _settings(self) -> Settings:
+        """What memory decides: as the plan has it by now, or as the job says."""
+        if self.memory is not None:
+            return self.memory.settings
+        return settings_of(self.job)
+
+    def _load_dit(self) -> LongCatDiT:
+        return self.checkpoint.load_dit(
+            device=self.device, dtype=self.dtype, weights=self.job.weights, streaming=self._settings().stream,
+            resident=int(self.job.resident * 1e9),
+        )  # fmt: skip
+
+
+def can_be_read_again(weights: str, tensors: Assembly) -> bool:
+    """Whether blocks can be read from the checkpoint's files as they are needed."""
+    try:
+        check_as_stored(weights, tensors, "")
+    except InputError:
+        return False
+    return True

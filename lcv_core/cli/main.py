@@ -116,25 +116,19 @@ def _as_options(message: str) -> str:
 
 def _explain(error: Exception) -> tuple[str, int]:
     from lcv_core.cli.errors import Stopped
-    from lcv_core.errors import InputError, NumericalError
+    from lcv_core.errors import InputError, NumericalError, OutOfMemory, is_out_of_memory
 
     if isinstance(error, Stopped):
         return str(error), INTERRUPTED
     if isinstance(error, InputError):
         return _as_options(str(error)), USER_ERROR
-    if isinstance(error, NumericalError):
+    if isinstance(error, (NumericalError, OutOfMemory)):
         return _as_options(str(error)), FAILED
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return (
-            "out of memory; try fewer --frames, a smaller --height and --width, --tile 256, or --cfg-mode sequential",
+            "out of memory; try --memory auto, fewer --frames, a smaller --height and --width, --tile 256, --cfg-mode"
+            " sequential, or --stream ram (disk where system memory ran out)",
             FAILED,
         )
     kind = type(error).__name__
     return f"unexpected {kind}: {error}\n     this is a bug; --debug shows where, please report it", FAILED
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")  # not worth importing for an error that it did not raise
-    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    return "can't allocate memory" in str(error)

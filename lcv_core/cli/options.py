@@ -13,7 +13,21 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from lcv_core.cli.job import Keep
-from lcv_core.names import CfgMode, CfgScope, Fit, Posterior, Precision, Schedule, TimestepPrecision, Weights
+from lcv_core.names import (
+    CachePlace,
+    CacheStorage,
+    CfgMode,
+    CfgScope,
+    Compile,
+    Fit,
+    MemoryChoice,
+    Posterior,
+    Precision,
+    Schedule,
+    Streaming,
+    TimestepPrecision,
+    Weights,
+)
 
 
 def option(*names: str, help: str, panel: str, **rest: Any) -> Any:
@@ -21,6 +35,7 @@ def option(*names: str, help: str, panel: str, **rest: Any) -> Any:
 
 
 MODEL, PROMPT, SAMPLING, VIDEO, CONDITION, MACHINE = "Model", "Prompt", "Sampling", "Output", "Condition", "Machine"
+PLAN = "The machine that is planned for"
 
 
 @dataclass(frozen=True)
@@ -54,23 +69,70 @@ class MachineOptions:
     dtype: Annotated[
         Precision, option("--dtype", panel=MACHINE, help="auto: bf16 on a GPU and for big models, else fp32.")
     ] = "auto"
-    weights: Annotated[
-        Weights,
+    memory: Annotated[
+        MemoryChoice,
         option(
-            "--weights", panel=MACHINE,
+            "--memory",
+            panel=MACHINE,
+            help="auto: what of --weights, --stream, --tile, --kv-cache-..., --cfg-mode and --window is not named is"
+            " chosen so that it fits, and changed where memory runs out; given: plain, whole and on the device.",
+        ),
+    ] = "auto"
+    weights: Annotated[
+        Weights | None,
+        option(
+            "--weights",
+            panel=MACHINE,
             help="The large weights in memory. plain: in --dtype; stored: quantised as in the file; fp8 to q4_k:"
             " quantised while loading; -matmul: multiplied in 8 bits too.",
         ),
-    ] = "plain"  # fmt: skip
+    ] = None
+    stream: Annotated[
+        Streaming | None,
+        option(
+            "--stream", panel=MACHINE,
+            help="For a model that does not fit: its blocks wait in system memory (ram) or in their files (disk) and"
+            " come one by one. Same numbers.",
+        ),
+    ] = None  # fmt: skip
+    resident: Annotated[
+        float, option("--resident", panel=MACHINE, min=0, help="With --stream: GB of blocks that stay on the device.")
+    ] = 0.0
+    text_cache: Annotated[
+        Path | None,
+        option("--text-cache", panel=MACHINE, help="Folder that keeps encoded prompts: umT5 is loaded for new ones."),
+    ] = None
     attention: Annotated[
         str, option("--attention", panel=MACHINE, help="auto, sdpa, flash2, flash3, sage, xformers or bsa.")
     ] = "auto"
+    sparsity: Annotated[
+        float | None,
+        option(
+            "--sparsity", panel=MACHINE, min=0, max=1,
+            help="Share of the attention blocks left out by bsa; the model's own, trained for refining, is 0.9375.",
+        ),
+    ] = None  # fmt: skip
+    compile: Annotated[
+        Compile,
+        option("--compile", panel=MACHINE, help="blocks: through torch.compile; a minute once, then faster steps."),
+    ] = "off"
     timestep_precision: Annotated[
         TimestepPrecision, option(panel=MACHINE, help="model: rounded to its dtype, as released; fp32: exact.")
     ] = "model"
     tile: Annotated[
-        int, option("--tile", panel=MACHINE, min=0, help="VAE tile side in pixels, a multiple of 32; 0 is untiled.")
-    ] = 0
+        int | None,
+        option("--tile", panel=MACHINE, min=0, help="VAE tile side in pixels, a multiple of 32; 0 is untiled."),
+    ] = None
+    kv_cache_storage: Annotated[
+        CacheStorage | None,
+        option("--kv-cache-storage", panel=MACHINE, help="fp8: half the memory, values off by 2.6 %."),
+    ] = None
+    kv_cache_place: Annotated[
+        CachePlace | None, option("--kv-cache-place", panel=MACHINE, help="cpu: in system memory; the same numbers.")
+    ] = None
+    kernels: Annotated[
+        str, option("--kernels", panel=MACHINE, help="Of norms, rope and gates: auto, torch or triton.")
+    ] = "auto"
 
 
 @dataclass(frozen=True)
@@ -118,8 +180,23 @@ class SamplingOptions:
         CfgScope, option("--cfg-scope", panel=SAMPLING, help="Frames the guidance scale is taken over; all: official.")
     ] = "noise"
     cfg_mode: Annotated[
-        CfgMode, option("--cfg-mode", panel=SAMPLING, help="Two passes one by one (less memory) or in a batch.")
-    ] = "sequential"
+        CfgMode | None,
+        option("--cfg-mode", panel=SAMPLING, help="sequential: two passes, less memory; batched: both in one."),
+    ] = None
+    cfg_interval: Annotated[
+        tuple[float, float] | None,
+        option(
+            "--cfg-interval", panel=SAMPLING, metavar="LOW HIGH",
+            help="Sigmas of the steps that are guided; the others take half the time. All: 0 1.",
+        ),
+    ] = None  # fmt: skip
+    step_cache: Annotated[
+        float,
+        option(
+            "--step-cache", panel=SAMPLING, min=0,
+            help="Relative error of a step for which it may reuse an earlier one, such as 0.05; 0 is off.",
+        ),
+    ] = 0.0  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,6 +221,16 @@ class ContinueOptions:
     kv_cache: Annotated[
         bool, option("--kv-cache/--no-kv-cache", panel=MACHINE, help="Run condition frames once; exact.")
     ] = True
+
+
+# What the plan may choose, by the names of the Job's fields.
+AUTO = ("weights", "stream", "tile", "kv_cache_storage", "kv_cache_place", "cfg_mode", "window")
+
+
+def named_settings(machine: Any, sampling: Any) -> dict[str, Any]:
+    """What of these the options name, None where they do not."""
+    groups = (machine, sampling)
+    return {name: next((getattr(g, name) for g in groups if hasattr(g, name)), None) for name in AUTO}
 
 
 def takes(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -123,14 +123,14 @@ def check_place(path: Path, job: Job) -> Path:
     return path
 
 
-def next_free(job: Job, *, any_seed: bool) -> Path:
+def next_free(job: Job, *, any_seed: bool, free: frozenset[str] = frozenset()) -> Path:
     """outputs/TASK-0001.mp4 or the first number that is not taken, or where unfinished work of this job waits."""
     folder, number = Path("outputs"), 1
     while True:
         path = folder / f"{job.task}-{number:04d}.mp4"
         names = [numbered(path, i, job.total) for i in range(job.total)]
         exist = [name.exists() for name in names]
-        seed = unfinished_seed(job, path)
+        seed = unfinished_seed(job, path, free)
         if seed is not None and not all(exist) and (any_seed or seed == job.seed):
             return path
         work = [beside(name, suffix) for name in names for suffix in (PARTIAL, SEGMENTS)]
@@ -139,15 +139,28 @@ def next_free(job: Job, *, any_seed: bool) -> Path:
         number += 1
 
 
-def unfinished_seed(job: Job, path: Path) -> int | None:
-    """The seed of unfinished work at an output path that differs from this job in nothing else."""
+def unfinished_seed(job: Job, path: Path, free: frozenset[str] = frozenset()) -> int | None:
+    """The seed of unfinished work at an output path that differs from this job in nothing else but `free` fields."""
+    found = _unfinished(job, path, free)
+    return None if found is None else found[0].seed - found[1]
+
+
+def unfinished_job(job: Job, path: Path, free: frozenset[str]) -> Job | None:
+    """Unfinished work of this job at an output path, whatever its `free` fields."""
+    found = _unfinished(job, path, free)
+    return found[0] if found is not None and found[0].seed - found[1] == job.seed else None
+
+
+def _unfinished(job: Job, path: Path, free: frozenset[str]) -> tuple[Job, int] | None:
+    """Unfinished work that differs from this job in seed and `free` fields alone, and which output it is of."""
+    same = {name: getattr(job, name) for name in free}
     for index in range(job.total):
         place = numbered(path, index, job.total)
         found = _job_in(beside(place, SEGMENTS if job.by_segments else PARTIAL))
         if found is None and job.total > 1:
             found = _finished_job(place)
-        if found is not None and dataclasses.replace(found, seed=0).key() == _without_seed(job, index):
-            return found.seed - index
+        if found is not None and dataclasses.replace(found, seed=0, **same).key() == _without_seed(job, index):
+            return found, index
     return None
 
 

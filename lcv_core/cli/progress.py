@@ -37,13 +37,16 @@ def clock(seconds: float) -> str:
 
 @dataclass
 class _Bar:
-    """One thing that is counted. since: what was done when it `started`; ends: when it should be finished."""
+    """One thing that is counted. since: what was done when it `started`; ends: when it should be finished; reused:
+    steps that the step cache gave.
+    """
 
     total: int
     started: float
     since: int
     done: int
     said: float
+    reused: int = 0
     ends: float | None = None
     task: TaskID | None = None
 
@@ -129,6 +132,10 @@ class Reporter:
 
     def on_step(self, info: StepInfo, label: str = "Denoising") -> None:
         self.advance(label, info.step, info.num_steps)
+        bar = self._bars[label]
+        bar.reused += info.reused
+        if info.step == info.num_steps and bar.reused:
+            self.say(f"{label}: {bar.reused} of {info.num_steps - bar.since} steps were reused by the step cache")
 
     def track(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
         """Yield the items and show how many are done."""

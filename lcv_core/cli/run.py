@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,9 +18,18 @@ import torch
 from torch import Tensor
 
 from lcv_core.cli.errors import Stopped
+from lcv_core.cli.fit import Known, chosen_line, make_planner, settings_of, with_settings
 from lcv_core.cli.job import Job
-from lcv_core.cli.load import Session, check_hashes, open_for, with_hashes
-from lcv_core.cli.outputs import Target, check_free, check_place, kind_of, next_free, unfinished_seed
+from lcv_core.cli.load import Session, check_hashes, open_for, pick_device, pick_dtype, with_hashes
+from lcv_core.cli.outputs import (
+    Target,
+    check_free,
+    check_place,
+    kind_of,
+    next_free,
+    unfinished_job,
+    unfinished_seed,
+)
 from lcv_core.cli.progress import Reporter
 from lcv_core.cli.segments import SegmentSink
 from lcv_core.denoise import StepInfo
@@ -42,14 +52,21 @@ from lcv_core.pipelines.base import (
     refined_size,
 )
 from lcv_core.pipelines.long_video import Segment, num_new_latents
+from lcv_core.pipelines.memory import Memory
 from lcv_core.pipelines.refine import condition_count
+from lcv_core.planning.machine import this_machine
 from lcv_core.refinement import frames_after, plan_refine, plan_windows
 from lcv_core.schedule import refine, refine_exact
 from lcv_core.shapes import check_cond_frames, check_frames, check_size
 from lcv_core.text.encoder import TextStates
 from lcv_core.video_io import count_frames, iter_video, probe_video, read_video
+from lcv_core.weights.checkpoint import Checkpoint
+from lcv_core.weights.quantised import check_weights
+from lcv_core.weights.streamed import check_streaming
 
 ALL = "All segments"
+# Of what the plan may choose, what the numbers depend on; the rest is the same wherever it is done.
+NUMBERS = frozenset({"weights", "tile", "kv_cache_storage", "cfg_mode", "window"})
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,9 @@ class Request:
     """A job and how it is to be carried out here.
 
     output: None takes the next free name. any_seed: the user named no seed, so unfinished work of any may be finished.
-    made_by: the file the job was read from, whose weights it needs.
+    made_by: the file the job was read from, whose weights it needs. text_cache: a folder for the states of prompts.
+    free: fields of the job that the plan may choose, and change where memory runs out; None: it chooses nothing, and
+    running out of memory is an error.
     """
 
     job: Job
@@ -66,6 +85,8 @@ class Request:
     device: str
     any_seed: bool = False
     made_by: Path | None = None
+    text_cache: Path | None = None
+    free: frozenset[str] | None = None
 
 
 def carry_out(request: Request, reporter: Reporter) -> None:
@@ -80,16 +101,18 @@ def carry_out(request: Request, reporter: Reporter) -> None:
         job = with_hashes(job, checkpoint)
     else:
         check_hashes(job, checkpoint, request.made_by)
-    path = request.output or next_free(job, any_seed=request.any_seed)
+    free = request.free or frozenset()
+    path = request.output or next_free(job, any_seed=request.any_seed, free=free)
     path = check_place(path, job)
-    if request.any_seed and (seed := unfinished_seed(job, path)) is not None:
+    if request.any_seed and (seed := unfinished_seed(job, path, free)) is not None:
         job = dataclasses.replace(job, seed=seed)
+    job, memory = _fitted(job, checkpoint, request, path, reporter)
     todo = check_free(job, path, overwrite=request.overwrite)
     doubled = job.task == "refine" and not job.spatial_only
     rate = job.frame_rate or checkpoint.native.frame_rate * (2 if doubled else 1)
     crf = job.crf if job.crf is not None else (10 if job.task == "refine" else 18)
     target = Target(path, kind_of(path), rate, crf)
-    session = Session.open(job, checkpoint, request.device, reporter)
+    session = Session.open(job, checkpoint, request.device, reporter, request.text_cache, memory)
     run = {"long": _run_long, "refine": _run_refine}.get(job.task)
     try:
         with ExitStack() as stack:
@@ -100,6 +123,48 @@ def carry_out(request: Request, reporter: Reporter) -> None:
                 _run_clips(session, target, sorted(todo), stack)
     except KeyboardInterrupt:
         raise Stopped(_kept(job, target)) from None
+
+
+def _fitted(
+    job: Job, checkpoint: Checkpoint, request: Request, path: Path, reporter: Reporter
+) -> tuple[Job, Memory | None]:
+    """The job with what the plan chooses, and what to go on with where memory runs out. Unfinished work goes on with
+    what it began with."""
+    if request.free is None:
+        return job, None
+    begun = unfinished_job(job, path, request.free)
+    free = request.free
+    if begun is not None:
+        job = dataclasses.replace(job, **{name: getattr(begun, name) for name in free & NUMBERS})
+        free = free - NUMBERS
+    device = pick_device(request.device)
+    dtype = pick_dtype(job.dtype, device, checkpoint)
+    # What cannot be had at all is said as such, not as a lack of memory.
+    check_weights(job.weights, checkpoint.dit_tensors, str(checkpoint.dit))
+    check_streaming(job.stream, job.weights, checkpoint.dit_tensors, device, str(checkpoint.dit))
+    source, frames = _source_shape(job, checkpoint.native.frame_rate)
+    planner = make_planner(
+        job, Known.of(checkpoint), this_machine(device), dtype=dtype, source=source, source_frames=frames, free=free
+    )
+    if request.made_by is not None and not planner.steps():
+        return job, Memory(planner, settings_of(job), reporter.say)  # a repetition is tried all the same
+    choice = planner.best()
+    line = chosen_line(choice, planner.fixed)
+    if line:
+        reporter.say(line)
+    return with_settings(job, choice.settings), Memory(planner, choice.settings, reporter.say)
+
+
+def _source_shape(job: Job, frame_rate: float) -> tuple[tuple[int, int] | None, int | None]:
+    """(height, width) of the picture or clip that a job starts from, and how many frames a clip has."""
+    if job.clip is not None:
+        info = probe_video(job.clip.resolve())
+        frames = None if info.duration is None else max(1, math.ceil(info.duration * frame_rate))
+        return (info.height, info.width), frames
+    if job.image is not None and job.task != "refine":
+        height, width = read_image(job.image.resolve()).shape[:2]
+        return (height, width), None
+    return None, None
 
 
 def _kept(job: Job, target: Target) -> str:
@@ -163,7 +228,8 @@ def _make_clip(
             c, text=text, negative_text=negative, height=plan.size[0], width=plan.size[1], num_frames=job.num_frames,
             num_steps=job.num_steps, guidance_scale=job.guidance_scale, schedule=job.schedule,
             generator=torch.Generator().manual_seed(job.seed), cfg_scope=job.cfg_scope, cfg_mode=job.cfg_mode,
-            output="latents", progress=progress, on_step=lambda info: reporter.on_step(info, label), **plan.condition,
+            cfg_interval=job.interval, step_cache=job.step_cache, output="latents", progress=progress,
+            on_step=lambda info: reporter.on_step(info, label), **plan.condition,
         )  # fmt: skip
     except NumericalError:
         progress.clear()  # going on would end in the same step
@@ -193,7 +259,8 @@ def _run_options(session: Session) -> Run:
     job = session.job
     return Run.of(
         num_steps=job.num_steps, guidance_scale=job.guidance_scale, schedule=job.schedule, cfg_scope=job.cfg_scope,
-        cfg_mode=job.cfg_mode, output="latents", on_step=None, progress=None,
+        cfg_mode=job.cfg_mode, output="latents", on_step=None, progress=None, cfg_interval=job.interval,
+        step_cache=job.step_cache,
     )  # fmt: skip
 
 
@@ -294,7 +361,7 @@ class _Segments:
         self._start(self.current, step)
 
     def on_step(self, index: int, info: StepInfo) -> None:
-        self.reporter.advance(self.label(index), info.step, info.num_steps)
+        self.reporter.on_step(info, self.label(index))
         if len(self.steps) > 1:
             done = sum(self.steps[:index]) + info.step
             self.reporter.advance(ALL, done, sum(self.steps), quiet=True)
@@ -361,7 +428,8 @@ def _run_long(session: Session, target: Target, overwrite: bool, stack: ExitStac
         height=size[0], width=size[1], num_frames=num_frames, num_cond_frames=cond_frames, num_steps=job.num_steps,
         guidance_scale=job.guidance_scale, schedule=job.schedule, uniform_tail=job.uniform_tail,
         use_kv_cache=job.kv_cache, handover=job.handover, seed=job.seed, posterior=job.posterior,
-        cfg_scope=job.cfg_scope, cfg_mode=job.cfg_mode, store=work.store, done=work.done, on_step=work.on_step, **start,
+        cfg_scope=job.cfg_scope, cfg_mode=job.cfg_mode, cfg_interval=job.interval, step_cache=job.step_cache,
+        store=work.store, done=work.done, on_step=work.on_step, **start,
     )  # fmt: skip
     work.write(segments, with_source=with_source)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,13 @@ class Lean:
     """What blocks need to run without a backward pass, writing over what they are given.
 
     frames: which frames share a timestep. room: k and v [B, n_c * S + N, H, D] that all layers share, a layer's own
-    behind those of a KV cache; None: they stay where the layer made them.
+    behind those of a KV cache; None: they stay where the layer made them. compiled: what runs `lean.run_tensors`.
     """
 
     kernels: Kernels
     frames: Frames
     room: KV | None = None
+    compiled: Callable[..., None] | None = None
 
 
 def make_room(x: Tensor, tokens: int, num_heads: int) -> KV:

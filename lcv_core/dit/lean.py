@@ -38,13 +38,33 @@ def run_block(
     keep: KVCache | None,
 ) -> Tensor:
     """x [B, N, C], written over; tau fp32 [1, R, A], of the distinct timesteps."""
+    if cache is not None and lean.room is not None:
+        before = lean.room[0].shape[1] - x.shape[1]
+        cache.copy_to(*(y[:, :before] for y in lean.room))
+    if lean.compiled is None or keep is not None or _is_hooked(block.attn):
+        run_tensors(block, x, tau, text, seq, lean, cache, keep)
+    else:
+        lean.compiled(block, x, tau, text, seq, lean)
+    return x
+
+
+def run_tensors(
+    block: Block,
+    x: Tensor,
+    tau: Tensor,
+    text: Tensor | Sequence[Tensor] | None,
+    seq: Sequence3D,
+    lean: Lean,
+    cache: CachedLayer | None = None,
+    keep: KVCache | None = None,
+) -> None:
+    """What of a block is tensors alone, and may be compiled: what a cache holds lies in `lean.room` already."""
     silu, linear = block.adaLN_modulation
     shift1, scale1, gate1, shift2, scale2, gate2 = in_fp32(linear, silu(tau))[0].chunk(6, dim=-1)
     _self_attention(block, x, Adaln(shift1, scale1, gate1), seq, lean, cache, keep)
     if text is not None:
         _cross_attention(block, x, text, seq, lean)
     _feed_forward(block, x, Adaln(shift2, scale2, gate2), lean)
-    return x
 
 
 def _self_attention(
@@ -59,9 +79,6 @@ def _self_attention(
     q, k, v = project(block, x, ada, seq, lean)
     if keep is not None:
         keep.append(k, v)
-    if cache is not None:
-        before = k.shape[1] - x.shape[1]
-        cache.copy_to(k[:, :before], v[:, :before])
     n = seq.num_cond_tokens
     if n:
         out = attn.attend(q[:, :n], k[:, :n], v[:, :n], seq)  # condition sees condition alone

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from lcv_core import layers
 from lcv_core.config import BSAConfig, DiTConfig
 from lcv_core.dit.attention import BACKENDS, Attend, resolve_backend, takes_bias
 from lcv_core.dit.block import Block, Lean, Sequence3D, make_room
+from lcv_core.dit.compiled import Backend, CompiledBlocks, check_compiler
 from lcv_core.dit.embed import (
     CaptionEmbed,
     FinalLayer,
@@ -27,11 +28,19 @@ from lcv_core.dit.frames import share_timesteps
 from lcv_core.dit.kernels import resolve_kernels
 from lcv_core.dit.kv_cache import KVCache, check_cache
 from lcv_core.dit.rope import rope_table
+from lcv_core.dit.step_cache import Branch
 from lcv_core.errors import InputError
-from lcv_core.names import CachePlace, CacheStorage
+from lcv_core.names import CachePlace, CacheStorage, Compile, check_name
 from lcv_core.shapes import ceil_to, token_grid
 
 log = logging.getLogger("lcv_core")
+
+
+class BlocksInTurn(Protocol):
+    """Blocks that are there while it is their turn: `lcv_core.offload.turns`."""
+
+    def __iter__(self) -> Iterator[nn.Module]: ...
+    def close(self) -> None: ...
 
 
 class LongCatDiT(nn.Module):
@@ -65,8 +74,10 @@ class LongCatDiT(nn.Module):
         self.final_layer = FinalLayer(config, ops, **factory)
         self._attention: str | Attend = "sdpa"
         self._kernels = "auto"
+        self._compiled: CompiledBlocks | None = None
         self._cache_storage: CacheStorage = "model"
         self._cache_place: CachePlace = "device"
+        self._in_turn: BlocksInTurn | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,10 +105,41 @@ class LongCatDiT(nn.Module):
         resolve_kernels(name, self.device)
         self._kernels = name
 
+    def set_compile(self, what: Compile, *, mode: str | None = None, backend: Backend = "inductor") -> None:
+        """Whether "blocks" go through torch.compile where no gradient is needed, or nothing does: "off".
+
+        mode, backend: see `lcv_core.dit.compiled`. The first forward of each shape takes a minute or so longer. Raises
+        InputError at once where there is no compiler for the model's device.
+        """
+        check_name("compile", what, Compile)
+        if what == "blocks":
+            check_compiler(self.device, mode, backend)
+        self._compiled = CompiledBlocks(mode, backend) if what == "blocks" else None
+
     def set_kv_cache(self, *, storage: CacheStorage = "model", place: CachePlace = "device") -> None:
         """How `build_kv_cache` keeps keys and values from now on: see `KVCache`. Raises InputError for other names."""
         KVCache(storage, place)
         self._cache_storage, self._cache_place = storage, place
+
+    @property
+    def cache_storage(self) -> CacheStorage:
+        """How `build_kv_cache` keeps keys and values."""
+        return self._cache_storage
+
+    @property
+    def cache_place(self) -> CachePlace:
+        """Where `build_kv_cache` keeps them."""
+        return self._cache_place
+
+    def set_streaming(self, in_turn: BlocksInTurn | None) -> None:
+        """Take the blocks from what makes each of them ready for its turn, once for every forward; None: all of them
+        are ready. No gradient is kept with it."""
+        self._in_turn = in_turn
+
+    def stop_streaming(self) -> None:
+        """End the thread that reads ahead, if there is one; a streamed model cannot be run after that."""
+        if self._in_turn is not None:
+            self._in_turn.close()
 
     def forward(
         self,
@@ -108,6 +150,7 @@ class LongCatDiT(nn.Module):
         num_cond_latents: int = 0,
         kv_cache: KVCache | None = None,
         bsa: BSAConfig | None = None,
+        step_cache: Branch | None = None,
     ) -> Tensor:
         """Velocity, fp32 [B, out_channels, T, H, W], of latents [B, in_channels, T, H, W].
 
@@ -116,10 +159,13 @@ class LongCatDiT(nn.Module):
         num_cond_latents: leading clean frames; they attend to themselves alone and read no text. With kv_cache
             (from `build_kv_cache`) they are not in `latents`, and timestep covers the noise frames only.
         bsa: block sparse self-attention with these settings; None is dense.
+        step_cache: decides whether the blocks after the first are run or what they added before is reused.
         """
         self._validate(latents, timestep, text, text_mask, num_cond_latents, kv_cache)
         states, bias = self._embed_text(text.to(latents.device), text_mask)
-        return self._run(latents, timestep, states, num_cond_latents, kv_cache, bsa, text_bias=bias)
+        return self._run(
+            latents, timestep, states, num_cond_latents, kv_cache, bsa, text_bias=bias, step_cache=step_cache
+        )
 
     @torch.no_grad()
     def build_kv_cache(self, cond_latents: Tensor, bsa: BSAConfig | None = None) -> KVCache:
@@ -147,6 +193,7 @@ class LongCatDiT(nn.Module):
         bsa: BSAConfig | None,
         keep: KVCache | None = None,
         text_bias: Tensor | None = None,
+        step_cache: Branch | None = None,
     ) -> Tensor:
         config = self.config
         x = self.x_embedder(latents.to(self.dtype))
@@ -154,13 +201,29 @@ class LongCatDiT(nn.Module):
         seq = self._sequence(grid, num_cond_latents, kv_cache is not None, bsa, x, text_bias)
         timestep = self._per_frame(timestep.to(latents.device), grid[0])
         if self._keeps_gradients(x, text):
+            if self._in_turn is not None:
+                raise InputError('a streamed model keeps no gradients; load it with streaming="off", or use no_grad')
+            if step_cache is not None:
+                raise InputError("step caching writes over what a backward pass needs; run it in torch.no_grad()")
             tau = self.t_embedder(timestep.flatten()).unflatten(0, (-1, grid[0]))
         else:
             x = x.contiguous()  # it is what all blocks write to
             tau, seq = self._lean(x, timestep, seq, kv_cache)
-        for i, block in enumerate(self.blocks):
+
+        def head(x: Tensor) -> Tensor:
+            return unpatchify(self.final_layer(x, tau, seq.lean), grid, config.patch_size)
+
+        for i, block in enumerate(self._blocks_in_turn()):
             x = block(x, tau, text, seq, None if kv_cache is None else kv_cache.layer(i), keep)
-        return unpatchify(self.final_layer(x, tau, seq.lean), grid, config.patch_size)
+            if i == 0 and step_cache is not None and step_cache.reuse(x, seq.num_cond_tokens, head):
+                break  # no other block is asked for
+        else:
+            if step_cache is not None:
+                step_cache.keep(x)
+        return head(x)
+
+    def _blocks_in_turn(self) -> Iterable[nn.Module]:
+        return self.blocks if self._in_turn is None else self._in_turn
 
     def _keeps_gradients(self, x: Tensor, text: Tensor | Sequence[Tensor] | None) -> bool:
         """Whether a backward pass may follow. Tensors without data go its way too: they have no timesteps to share."""
@@ -176,9 +239,10 @@ class LongCatDiT(nn.Module):
         """tau [1, R, A] of the distinct timesteps, and the sequence with what blocks need to write over x [B, N, C]."""
         distinct, frames = share_timesteps(timestep, seq.frame_tokens)
         room = None
-        if _wants_room(x, kv_cache):
+        if _wants_room(x, kv_cache, self.blocks[0]):
             room = make_room(x, seq.rope.shape[0], self.config.num_heads)
-        lean = Lean(resolve_kernels(self._kernels, x.device), frames, room)
+        kernels = resolve_kernels(self._kernels, x.device, compiled=self._compiled is not None)
+        lean = Lean(kernels, frames, room, self._compiled)
         return self.t_embedder(distinct).unsqueeze(0), replace(seq, lean=lean)
 
     def _sequence(
@@ -262,6 +326,7 @@ class LongCatDiT(nn.Module):
         check_cache(cache, depth=config.depth, tokens=tokens, batch=B, num_cond_latents=n_c)
 
 
-def _wants_room(x: Tensor, cache: KVCache | None) -> bool:
-    """Whether keys and values shall lie apart from what the layer made: see `make_room`."""
-    return cache is not None or x.device.type == "cpu"
+def _wants_room(x: Tensor, cache: KVCache | None, block: nn.Module) -> bool:
+    """Whether keys and values shall lie apart from what the layer made: see `make_room`. Also where an adapter works
+    beside it: of all tokens at once its branch would take twelve activations, piece by piece it takes three."""
+    return cache is not None or x.device.type == "cpu" or bool(block.get_submodule("attn.qkv")._forward_hooks)

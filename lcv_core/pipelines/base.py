@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lcv_core import schedule as schedules
 from lcv_core.config import Native
-from lcv_core.denoise import Guidance, OnStep, Progress, denoise
+from lcv_core.denoise import Guidance, OnStep, Progress, check_interval, denoise
 from lcv_core.dit.model import LongCatDiT
+from lcv_core.dit.step_cache import check_budget
 from lcv_core.errors import InputError
 from lcv_core.image_io import as_frames, resize_frames
 from lcv_core.names import CfgMode, CfgScope, Fit, Output, Posterior, Schedule, check_name
+from lcv_core.pipelines.memory import Memory
 from lcv_core.shapes import REFINE_MULTIPLE, TIME_FACTOR, bucket, check_size, latent_shape, size_for_area
 from lcv_core.text.encoder import TextStates
 from lcv_core.vae.layers import StreamState
@@ -27,7 +30,10 @@ from lcv_core.weights.lora import load_lora
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Text = TextStates | str | Sequence[str]
+T = TypeVar("T")
+Interval = tuple[float, float]  # of sigmas, the lower first
 
+WHOLE: Interval = (0.0, 1.0)
 # (num_steps, guidance_scale) that go with a schedule when the caller names neither.
 SCHEDULE_DEFAULTS: dict[Schedule, tuple[int, float]] = {"base": (50, 4.0), "distilled": (16, 1.0)}
 REFINE_DEFAULT_STEPS = 50
@@ -48,6 +54,7 @@ class Components:
         need it: the distilled schedule and refinement.
     native: sizes and counts a run takes when it is not told otherwise.
     tiling: decode and encode frames by spatial tiles; None does it whole.
+    memory: what to go on with where memory runs out, and the settings so far; None: the error goes through.
     """
 
     dit: LongCatDiT
@@ -57,6 +64,7 @@ class Components:
     native: Native = field(default_factory=Native)
     flow_shift: float = schedules.FLOW_SHIFT
     tiling: Tiling | None = None
+    memory: Memory | None = None
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +73,8 @@ class Components:
     def denoise(self, latents: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
         """`lcv_core.denoise.denoise` with this transformer. Every pipeline samples through here, so that a host with a
         sampling system of its own can put it in place."""
+        if self.memory is not None:
+            return self.memory.sample(self, latents, sigmas, **options)
         return denoise(self.dit, latents, sigmas, **options)
 
     @contextlib.contextmanager
@@ -113,18 +123,29 @@ class Run:
     output: Output
     on_step: OnStep | None
     progress: Progress | None
+    cfg_interval: Interval = WHOLE
+    step_cache: float = 0.0
 
     @classmethod
     def of(
         cls, *, num_steps: int | None, guidance_scale: float | None, schedule: Schedule, cfg_scope: CfgScope,
         cfg_mode: CfgMode, output: Output, on_step: OnStep | None, progress: Progress | None,
+        cfg_interval: Interval = WHOLE, step_cache: float = 0.0,
     ) -> Run:  # fmt: skip
         check_name("schedule", schedule, Schedule)
         check_name("output", output, Output)
         steps, scale = SCHEDULE_DEFAULTS[schedule]
         steps = steps if num_steps is None else num_steps
         scale = scale if guidance_scale is None else guidance_scale
-        return cls(steps, scale, schedule, cfg_scope, cfg_mode, output, on_step, progress)
+        check_interval(cfg_interval)
+        check_budget(step_cache)
+        return cls(steps, scale, schedule, cfg_scope, cfg_mode, output, on_step, progress, cfg_interval, step_cache)
+
+    def denoise(self, c: Components, latents: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+        """`Components.denoise` with the run's own options; a host's need not know those that are off."""
+        if self.step_cache:
+            options["step_cache"] = self.step_cache
+        return c.denoise(latents, sigmas, on_step=self.on_step, progress=self.progress, **options)
 
     def sigmas(self, flow_shift: float, *, uniform_tail: bool = False) -> Tensor:
         """The schedule's sigmas; the uniform tail belongs to the base schedule alone."""
@@ -163,14 +184,15 @@ def guidance(c: Components, run: Run, negative: Text | None, batch: int, prompts
     prompts: how many prompts make that batch; None: as many as videos.
     """
     if not run.guidance_scale > 1.0:
-        return Guidance(scope=run.cfg_scope, mode=run.cfg_mode)
+        return Guidance(scope=run.cfg_scope, mode=run.cfg_mode, interval=run.cfg_interval)
     if negative is None and c.text_encoder is None:
         raise InputError(
             f"guidance_scale {run.guidance_scale:g} needs a negative_text; pass TextStates or set guidance_scale=1"
         )
     states = encode_text(c, "" if negative is None else negative, what="negative_text")
     prompts = batch if prompts is None else prompts
-    return Guidance(run.guidance_scale, _negatives(states, prompts, batch), run.cfg_scope, run.cfg_mode)
+    negatives = _negatives(states, prompts, batch)
+    return Guidance(run.guidance_scale, negatives, run.cfg_scope, run.cfg_mode, run.cfg_interval)
 
 
 def _negatives(states: TextStates, prompts: int, batch: int) -> TextStates:
@@ -234,8 +256,20 @@ def encode_frames(
     posterior: "mode" takes the mean; "sample" draws from the posterior as the official pipelines do.
     """
     vae = c.need_vae()
-    mean, logvar = encode_tiled(vae, pixels, c.tiling) if c.tiling else vae.encode(pixels)
+
+    def encode() -> tuple[Tensor, Tensor]:
+        return encode_tiled(vae, pixels, c.tiling) if c.tiling else vae.encode(pixels)
+
+    mean, logvar = with_less(c, "VAE encode", encode)
     return vae.normalize(pick_posterior(mean, logvar, posterior, generator)).cpu()
+
+
+def with_less(c: Components, stage: str, work: Callable[[], T], where: Callable[[], str] = str) -> T:
+    """work(), and where memory runs out again with what the components' `memory` finds to change."""
+    memory = c.memory
+    if memory is None:
+        return work()
+    return memory.run(stage, work, lambda move: memory.apply(c, move), where)
 
 
 def for_conditions(generator: Generators, conditions: int) -> Generators:
@@ -254,23 +288,53 @@ def pick_posterior(mean: Tensor, logvar: Tensor, posterior: Posterior, generator
 
 
 class StreamingDecoder:
-    """Decodes one video in any number of pieces; the result is that of decoding it whole."""
+    """Decodes one video in any number of pieces; the result is that of decoding it whole.
+
+    Where memory runs out it goes on with other tiles. The state of those is made of the latents so far, which are
+    decoded by them once more; the frames that were handed out stay as they are.
+    """
 
     def __init__(self, c: Components) -> None:
         self.c = c
         self._state: StreamState = {}
         self._tiles: list[Tile] = []
+        self._tiling = c.tiling
+        self._between = False
+        self._seen: list[Tensor] = []  # latents whose frames were handed out, where they may be needed again
 
     def stream(self, latents: Tensor) -> Iterator[Tensor]:
         """The next normalised latents [B, C, n, h, w] -> fp32 frames [B, 1 then 4, H, W, 3] in [0, 1] for each."""
-        vae, tiling = self.c.need_vae(), self.c.tiling
-        latent = vae.denormalize(latents.float())
-        if tiling:
-            stream = decode_stream_tiled(vae, latent, tiling, self._tiles)
+        for latent in latents.split(1, dim=2):
+            yield with_less(self.c, "VAE decode", partial(self._next, latent), self._where)
+            if self.c.memory is not None:
+                self._seen.append(latent.cpu())
+
+    def _where(self) -> str:
+        return f"at latent frame {len(self._seen) + 1}"
+
+    def _next(self, latent: Tensor) -> Tensor:
+        """The frames of the next latent. While it is decoded the state is neither the old one nor the new one."""
+        if self._between or self._tiling != self.c.tiling:
+            self._start_again()
+        self._between = True
+        frames = self._decode(latent)
+        self._between = False
+        return frames
+
+    def _start_again(self) -> None:
+        """The state after the latents so far, with the tiles of now."""
+        self._state, self._tiles, self._tiling = {}, [], self.c.tiling
+        for latent in self._seen:
+            self._decode(latent)
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        vae = self.c.need_vae()
+        frame = vae.denormalize(latent.float())
+        if self._tiling:
+            (pixels,) = decode_stream_tiled(vae, frame, self._tiling, self._tiles)
         else:
-            stream = vae.decode_stream(latent, self._state)
-        for pixels in stream:
-            yield to_frames(pixels).cpu()
+            (pixels,) = vae.decode_stream(frame, self._state)
+        return to_frames(pixels).cpu()
 
     def push(self, latents: Tensor) -> Tensor:
         """The frames [B, F, H, W, 3] of the next latents, all at once."""

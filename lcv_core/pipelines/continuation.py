@@ -12,8 +12,10 @@ from lcv_core.errors import InputError
 from lcv_core.image_io import as_frames
 from lcv_core.names import CfgMode, CfgScope, Fit, Output, Posterior, Schedule
 from lcv_core.pipelines.base import (
+    WHOLE,
     Components,
     Generators,
+    Interval,
     Run,
     Text,
     encode_frames,
@@ -51,6 +53,8 @@ def continue_video(
     posterior: Posterior = "mode",
     cfg_scope: CfgScope = "noise",
     cfg_mode: CfgMode = "sequential",
+    cfg_interval: Interval = WHOLE,
+    step_cache: float = 0.0,
     output: Output = "frames",
     on_step: OnStep | None = None,
     progress: Progress | None = None,
@@ -63,10 +67,11 @@ def continue_video(
         has none.
     use_kv_cache: run the condition frames once instead of in every step: exact, and the guidance scale then covers
         the noise frames only. cfg_scope "all" matters without the cache alone.
+    cfg_interval, step_cache: as in `text_to_video`.
     """
     run = Run.of(
         num_steps=num_steps, guidance_scale=guidance_scale, schedule=schedule, cfg_scope=cfg_scope, cfg_mode=cfg_mode,
-        output=output, on_step=on_step, progress=progress,
+        output=output, on_step=on_step, progress=progress, cfg_interval=cfg_interval, step_cache=step_cache,
     )  # fmt: skip
     cond_frames = c.native.num_cond_frames if num_cond_frames is None else num_cond_frames
     clip = as_frames(frames)
@@ -116,8 +121,7 @@ def continue_from_latents(
     guide = guidance(c, run, negative_text, states.batch, prompts.batch)
     x = put_condition(x, cond())
     with run.adapter(c):
-        latents = c.denoise(
-            x, sigmas, text=states, guidance=guide, num_cond_latents=num_cond_latents,
-            use_kv_cache=use_kv_cache, on_step=run.on_step, progress=run.progress,
-        )  # fmt: skip
+        latents = run.denoise(
+            c, x, sigmas, text=states, guidance=guide, num_cond_latents=num_cond_latents, use_kv_cache=use_kv_cache
+        )
     return finish(c, latents, run.output)

@@ -11,8 +11,10 @@ from lcv_core.errors import InputError
 from lcv_core.image_io import as_frames, resize_frames
 from lcv_core.names import CfgMode, CfgScope, Fit, Output, Posterior, Schedule
 from lcv_core.pipelines.base import (
+    WHOLE,
     Components,
     Generators,
+    Interval,
     Run,
     Text,
     encode_frames,
@@ -47,6 +49,8 @@ def image_to_video(
     posterior: Posterior = "mode",
     cfg_scope: CfgScope = "noise",
     cfg_mode: CfgMode = "sequential",
+    cfg_interval: Interval = WHOLE,
+    step_cache: float = 0.0,
     output: Output = "frames",
     on_step: OnStep | None = None,
     progress: Progress | None = None,
@@ -57,10 +61,11 @@ def image_to_video(
     height, width: default to the aspect bucket of the image at the checkpoint's native scale.
     fit: how the image meets that size: "stretch" as the official pipeline, "crop" or "pad".
     cfg_scope: "all" takes the guidance scale over the image's frame too, as the official pipeline does.
+    cfg_interval, step_cache: as in `text_to_video`.
     """
     run = Run.of(
         num_steps=num_steps, guidance_scale=guidance_scale, schedule=schedule, cfg_scope=cfg_scope, cfg_mode=cfg_mode,
-        output=output, on_step=on_step, progress=progress,
+        output=output, on_step=on_step, progress=progress, cfg_interval=cfg_interval, step_cache=step_cache,
     )  # fmt: skip
     sigmas = run.sigmas(c.flow_shift)
     images = as_frames(image)
@@ -81,9 +86,8 @@ def image_to_video(
     cond = encode_frames(c, stills, posterior=posterior, generator=for_conditions(generator, images.shape[0]))
     x = put_condition(x, cond.repeat_interleave(states.batch // images.shape[0], dim=0))
     with run.adapter(c):
-        latents = c.denoise(
-            x, sigmas, text=states, guidance=guide, num_cond_latents=1,
+        latents = run.denoise(
+            c, x, sigmas, text=states, guidance=guide, num_cond_latents=1,
             use_kv_cache=run.cfg_scope == "noise" or not guide.active,
-            on_step=run.on_step, progress=run.progress,
         )  # fmt: skip
     return finish(c, latents, run.output)

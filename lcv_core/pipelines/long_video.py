@@ -16,7 +16,9 @@ from lcv_core.image_io import as_frames
 from lcv_core.names import CfgMode, CfgScope, Fit, Handover, Output, Posterior, Schedule, check_name
 from lcv_core.partial import SegmentStore
 from lcv_core.pipelines.base import (
+    WHOLE,
     Components,
+    Interval,
     Run,
     StreamingDecoder,
     Text,
@@ -127,6 +129,8 @@ def long_video_segments(
     posterior: Posterior = "mode",
     cfg_scope: CfgScope = "noise",
     cfg_mode: CfgMode = "sequential",
+    cfg_interval: Interval = WHOLE,
+    step_cache: float = 0.0,
     store: SegmentStore | None = None,
     done: int = 0,
     on_step: OnSegmentStep | None = None,
@@ -142,13 +146,15 @@ def long_video_segments(
     store: keeps finished segments; those in it are not computed again. done: segments whose frames the caller has
         already; they are not yielded again.
     on_step: called with the segment's index and the StepInfo.
+    cfg_interval, step_cache: as in `text_to_video`; the step cache starts afresh in each segment.
     """
     job = _LongJob(
         c, text=text, num_segments=num_segments, image=image, frames=frames, negative_text=negative_text,
         height=height, width=width, num_frames=num_frames, num_cond_frames=num_cond_frames,
         run=lambda step, progress: Run.of(
             num_steps=num_steps, guidance_scale=guidance_scale, schedule=schedule, cfg_scope=cfg_scope,
-            cfg_mode=cfg_mode, output="latents", on_step=step, progress=progress,
+            cfg_mode=cfg_mode, output="latents", on_step=step, progress=progress, cfg_interval=cfg_interval,
+            step_cache=step_cache,
         ),
         uniform_tail=uniform_tail, use_kv_cache=use_kv_cache, handover=handover, seed=seed, fit=fit,
         posterior=posterior, on_step=on_step,
@@ -273,6 +279,7 @@ class _LongJob:
             "num_frames": self.num_frames, "num_steps": run.num_steps, "guidance_scale": run.guidance_scale,
             "schedule": run.schedule, "generator": generator, "cfg_scope": run.cfg_scope, "cfg_mode": run.cfg_mode,
             "output": "latents", "on_step": run.on_step, "progress": run.progress,
+            "cfg_interval": run.cfg_interval, "step_cache": run.step_cache,
         }  # fmt: skip
         if self.image is None:
             return text_to_video(self.c, **options)

@@ -27,6 +27,7 @@ from lcv_core.pipelines.base import (
     pick_posterior,
     refined_size,
     to_pixels,
+    with_less,
 )
 from lcv_core.refinement import (
     RefinePlan,
@@ -37,6 +38,7 @@ from lcv_core.refinement import (
 )
 from lcv_core.shapes import check_size
 from lcv_core.vae.model import split_moments
+from lcv_core.vae.tiling import encode_tiled
 
 
 def refine_video(
@@ -152,11 +154,16 @@ def _encode_clip(
 ) -> Tensor:
     """The padded, upsampled clip through the VAE, frame group by frame group: normalised latents [1, C, T, h, w]."""
     vae = c.need_vae()
-    if c.tiling:
-        pixels = torch.stack(list(padded_frames(clip, size, plan)), dim=1).unsqueeze(0)
-        return encode_frames(c, pixels, posterior=posterior, generator=generator)
-    chunks = chunked(padded_frames(clip, size, plan), plan.frames_encoded)
-    mean, logvar = split_moments(torch.cat([m.cpu() for m in vae.encode_stream(chunks)], dim=2))
+
+    def encode() -> tuple[Tensor, Tensor]:
+        if c.tiling:
+            pixels = torch.stack(list(padded_frames(clip, size, plan)), dim=1).unsqueeze(0)
+            mean, logvar = encode_tiled(vae, pixels, c.tiling)
+            return mean.cpu(), logvar.cpu()
+        chunks = chunked(padded_frames(clip, size, plan), plan.frames_encoded)
+        return split_moments(torch.cat([m.cpu() for m in vae.encode_stream(chunks)], dim=2))
+
+    mean, logvar = with_less(c, "VAE encode", encode)
     return vae.normalize(pick_posterior(mean, logvar, posterior, generator))
 
 

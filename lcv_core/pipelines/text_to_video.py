@@ -7,8 +7,10 @@ from torch import Tensor
 from lcv_core.denoise import OnStep, Progress
 from lcv_core.names import CfgMode, CfgScope, Output, Schedule
 from lcv_core.pipelines.base import (
+    WHOLE,
     Components,
     Generators,
+    Interval,
     Run,
     Text,
     encode_text,
@@ -34,6 +36,8 @@ def text_to_video(
     generator: Generators = None,
     cfg_scope: CfgScope = "noise",
     cfg_mode: CfgMode = "sequential",
+    cfg_interval: Interval = WHOLE,
+    step_cache: float = 0.0,
     output: Output = "frames",
     on_step: OnStep | None = None,
     progress: Progress | None = None,
@@ -46,10 +50,12 @@ def text_to_video(
     num_steps, guidance_scale: default to 50 and 4.0 with the "base" schedule, 16 and 1.0 with "distilled".
     noise: [B, C, T, h, w] start noise; otherwise drawn from `generator` (one, or one per video).
     cfg_scope: "noise" and "all" mean the same here, there being no condition frames.
+    cfg_interval: sigmas (low, high) of the steps that are guided; the others run without the negative text, in half
+        the time. step_cache: relative error of the velocity for which a step reuses an earlier one; 0 is off.
     """
     run = Run.of(
         num_steps=num_steps, guidance_scale=guidance_scale, schedule=schedule, cfg_scope=cfg_scope, cfg_mode=cfg_mode,
-        output=output, on_step=on_step, progress=progress,
+        output=output, on_step=on_step, progress=progress, cfg_interval=cfg_interval, step_cache=step_cache,
     )  # fmt: skip
     sigmas = run.sigmas(c.flow_shift)
     if run.output == "frames":
@@ -61,5 +67,5 @@ def text_to_video(
     x = start_noise(c, states.batch, frames, height or native.height, width or native.width, noise, generator)
     guide = guidance(c, run, negative_text, states.batch, prompts.batch)
     with run.adapter(c):
-        latents = c.denoise(x, sigmas, text=states, guidance=guide, on_step=run.on_step, progress=run.progress)
+        latents = run.denoise(c, x, sigmas, text=states, guidance=guide)
     return finish(c, latents, run.output)

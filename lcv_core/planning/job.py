@@ -8,8 +8,8 @@ from typing import Literal
 
 from lcv_core.config import BSAConfig
 from lcv_core.errors import InputError
-from lcv_core.names import CfgMode, Schedule, check_name
-from lcv_core.planning.sparse import Device
+from lcv_core.names import CachePlace, CacheStorage, CfgMode, Schedule, Streaming, check_name
+from lcv_core.planning.sparse import Device, SparseKernels, sparse_kernels
 from lcv_core.refinement import RefinePlan, frames_after, plan_refine
 from lcv_core.shapes import check_cond_frames, check_frames, check_size
 from lcv_core.vae.tiling import Tiling
@@ -74,7 +74,15 @@ class Job:
     weight_dtype: of the transformer's large matrices; fp8 and fewer bits keep all else in half precision. "fp8" and
         "int8" have a scale for each row, "fp8_e4m3fn" and "fp8_e5m2" none.
     compute_dtype: of its activations. text_dtype: of the text encoder's weights. vae_dtype: of all in the VAE.
-    weight_copies: see `sampling.Sampling`. vae_tile: pixels, a multiple of 32; 0 decodes and encodes whole frames.
+    weight_copies, cache_storage, cache_place: see `sampling.Sampling`. kv_cache: given frames are held as one.
+    sparse: what block sparse attention runs on; None is what there is here.
+    stream: where the transformer's blocks wait for their turn; unless "off" two of them are on the device.
+    resident: bytes of blocks that stay on the device with streaming. extra_weights: bytes of adapters of the user's.
+    text_device: "cpu" encodes the text there, whatever the rest runs on.
+    together: transformer and VAE stay on the device side by side, and clips come and go frame by frame, as in
+        `lcv_core.pipelines`; else each part has the device to itself and is given whole clips, as in ComfyUI.
+    refine_only: the clip is given, and only refined. keeps_frames: a finished clip is in system memory as a whole.
+    vae_tile: pixels, a multiple of 32; 0 decodes and encodes whole frames.
     Raises InputError for sizes and counts that no pipeline takes.
     """
 
@@ -96,6 +104,17 @@ class Job:
     weight_copies: int = 0
     vae_tile: int = 0
     device: Device = "gpu"
+    kv_cache: bool = True
+    cache_storage: CacheStorage = "model"
+    cache_place: CachePlace = "device"
+    sparse: SparseKernels | None = None
+    stream: Streaming = "off"
+    resident: int = 0
+    extra_weights: int = 0
+    text_device: Literal["same", "cpu"] = "same"
+    together: bool = False
+    refine_only: bool = False
+    keeps_frames: bool = False
 
     def __post_init__(self) -> None:
         check_size(self.height, self.width)
@@ -112,6 +131,9 @@ class Job:
         for name in ("compute_dtype", "text_dtype", "vae_dtype"):
             check_name(name, getattr(self, name), ComputeDtype)
         check_name("device", self.device, Device)
+        check_name("cache_storage", self.cache_storage, CacheStorage)
+        check_name("cache_place", self.cache_place, CachePlace)
+        check_name("stream", self.stream, Streaming)
         self.tiling  # noqa: B018  (validates)
 
     @property
@@ -124,6 +146,10 @@ class Job:
         """`weight_copies`, one at least where weights are cast."""
         cast = ITEMSIZE[self.weight_dtype] != ITEMSIZE[self.compute_dtype]
         return max(self.weight_copies, 1 if cast else 0)
+
+    @property
+    def sparse_kernels(self) -> SparseKernels:
+        return self.sparse or sparse_kernels(self.device)
 
     @property
     def samples(self) -> int:

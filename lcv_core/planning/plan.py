@@ -11,19 +11,35 @@ from lcv_core.errors import InputError
 from lcv_core.planning.job import ITEMSIZE, SCALE_ITEMSIZE, SMALL_ITEMSIZE, Job, Refine
 from lcv_core.planning.sampling import Sampling
 from lcv_core.planning.text import largest_text_weight, text_bytes, text_parameters
-from lcv_core.planning.transformer import FP32, AdapterName, adapter_bytes, dit_parameters, matrix_rows
+from lcv_core.planning.transformer import (
+    FP32,
+    AdapterName,
+    adapter_bytes,
+    dit_parameters,
+    matrix_rows,
+    outer_parameters,
+)
 from lcv_core.planning.vae import decode_bytes, encode_bytes, vae_parameters
 from lcv_core.shapes import SPACE_FACTOR, latent_shape, num_latents, num_pixel_frames
+
+_GAPS = 64 * 256  # bytes: of the alignment of up to 64 tensors in one buffer (offload.layout)
+_STAGED = 2  # blocks in system memory on their way from disk: one that is read, one that is copied
+STREAM_SLOTS = 2  # blocks on the device where they are streamed: the one that computes, and the next on its way
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Bytes that a stage needs on the device it runs on; `total` is its peak."""
+    """Bytes that a stage needs on the device it runs on; `total` is its peak.
+
+    ram: bytes of system memory that it needs besides, where the device is a GPU: blocks that wait for their turn, a KV
+        cache kept there, text that is encoded there, a finished clip.
+    """
 
     name: str
     weights: int
     activations: int
     kv_cache: int = 0
+    ram: int = 0
 
     @property
     def total(self) -> int:
@@ -53,6 +69,33 @@ class Models:
         scales = matrix_rows(self.dit) * SCALE_ITEMSIZE.get(job.weight_dtype, 0)
         return math.ceil(matrices * itemsize) + scales + rest * math.ceil(max(itemsize, SMALL_ITEMSIZE))
 
+    def outside_blocks(self, job: Job) -> int:
+        """Bytes of the transformer that never wait: the embedders and the final layer."""
+        return outer_parameters(self.dit) * math.ceil(max(ITEMSIZE[job.weight_dtype], SMALL_ITEMSIZE))
+
+    def block(self, job: Job) -> int:
+        """Bytes of one of its blocks, where it is streamed: the gaps between its tensors counted."""
+        return math.ceil((self.transformer_weights(job) - self.outside_blocks(job)) / self.dit.depth) + _GAPS
+
+    def transformer_on_device(self, job: Job) -> int:
+        """Bytes of the transformer on the device while it runs, and between two runs."""
+        if job.stream == "off":
+            return self.transformer_weights(job)
+        resident = min(job.resident // self.block(job), self.dit.depth) * self.block(job)
+        slots = min(self.dit.depth, STREAM_SLOTS) * self.block(job)
+        return min(self.transformer_weights(job), self.outside_blocks(job) + resident + slots)
+
+    def transformer_in_ram(self, job: Job) -> int:
+        """Bytes of system memory that streaming takes: the blocks that wait, or those that are read from disk."""
+        if job.stream == "off" or job.device == "cpu":
+            return 0
+        if job.stream == "ram":
+            return self.block(job) * (self.dit.depth + 1)  # one more, while it is copied to where it waits
+        return self.block(job) * _STAGED
+
+    def vae_weights(self, job: Job) -> int:
+        return vae_parameters(self.vae) * ITEMSIZE[job.vae_dtype]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -71,8 +114,7 @@ class Plan:
     def weights(self) -> int:
         """All parts together, adapters not counted: what is needed where none of them is ever put away."""
         text = text_parameters(self.models.text) * ITEMSIZE[self.job.text_dtype]
-        vae = vae_parameters(self.models.vae) * ITEMSIZE[self.job.vae_dtype]
-        return self.models.transformer_weights(self.job) + text + vae
+        return self.models.transformer_weights(self.job) + text + self.models.vae_weights(self.job)
 
     def stage(self, name: str) -> Stage:
         """InputError where the job has no such stage."""
@@ -105,7 +147,7 @@ def make_plan(
 
 def plan_with(models: Models, job: Job) -> Plan:
     """`make_plan` for models that are known."""
-    stages = [_text_stage(models, job), *_clip_stages(models, job)]
+    stages = [_text_stage(models, job), *([] if job.refine_only else _clip_stages(models, job))]
     if job.refine is not None:
         stages += _refine_stages(models, job, job.refine)
     return Plan(job, models, tuple(stages))
@@ -115,7 +157,10 @@ def _text_stage(models: Models, job: Job) -> Stage:
     """Activations in fp32, for which weights are cast layer by layer, as ComfyUI does; others take less."""
     alive = text_bytes(models.text, batch=job.batch_size, itemsize=FP32)
     cast = max(1, job.weight_copies) * largest_text_weight(models.text) * FP32
-    return Stage("text encode", text_parameters(models.text) * ITEMSIZE[job.text_dtype], alive + cast)
+    weights = text_parameters(models.text) * ITEMSIZE[job.text_dtype]
+    if job.text_device == "cpu" and job.device != "cpu":
+        return Stage("text encode", 0, 0, ram=weights + alive + cast)
+    return Stage("text encode", weights, alive + cast)
 
 
 def _clip_stages(models: Models, job: Job) -> Iterator[Stage]:
@@ -125,7 +170,8 @@ def _clip_stages(models: Models, job: Job) -> Iterator[Stage]:
         yield _encode_stage(models, job, "VAE encode", (n_c, h, w), job.conditions)
     run = Sampling(
         (T, h, w), batch=job.samples, num_cond_latents=n_c, conditions=job.conditions, bsa=job.bsa,
-        itemsize=ITEMSIZE[job.compute_dtype], weight_copies=job.copies, device=job.device,
+        itemsize=ITEMSIZE[job.compute_dtype], weight_copies=job.copies, device=job.device, cached=job.kv_cache,
+        cache_storage=job.cache_storage, cache_place=job.cache_place, sparse=job.sparse_kernels,
     )  # fmt: skip
     yield _sampling_stage(models, job, "sampling", run, "distill" if job.schedule == "distilled" else None)
     yield _decode_stage(models, job, "VAE decode", (T, h, w), job.batch_size)
@@ -140,6 +186,7 @@ def _refine_stages(models: Models, job: Job, refine: Refine) -> Iterator[Stage]:
         Sampling(
             (window.latents, *size), num_cond_latents=window.cond_latents, cached=refine.kv_cache, bsa=refine.bsa,
             itemsize=ITEMSIZE[job.compute_dtype], weight_copies=job.copies, device=job.device,
+            cache_storage=job.cache_storage, cache_place=job.cache_place, sparse=job.sparse_kernels,
         )
         for window in windows
     ]  # fmt: skip
@@ -150,23 +197,41 @@ def _refine_stages(models: Models, job: Job, refine: Refine) -> Iterator[Stage]:
 
 
 def _sampling_stage(models: Models, job: Job, name: str, run: Sampling, adapter: AdapterName | None) -> Stage:
-    weights = models.transformer_weights(job)
+    weights = models.transformer_on_device(job) + (models.vae_weights(job) if job.together else 0)
     if adapter is not None and job.adapters == "runtime":
         weights += adapter_bytes(models.dit, adapter, run.itemsize)
         run = replace(run, adapters=True)
-    return Stage(name, weights, run.activations(models.dit), run.kv_cache(models.dit))
+    if job.extra_weights:
+        weights += job.extra_weights
+        run = replace(run, adapters=True)
+    kept = run.kv_cache_kept(models.dit) if job.cache_place == "cpu" and job.device != "cpu" else 0
+    ram = models.transformer_in_ram(job) + kept
+    return Stage(name, weights, run.activations(models.dit), run.kv_cache(models.dit), ram)
 
 
 def _encode_stage(models: Models, job: Job, name: str, latents: tuple[int, int, int], batch: int) -> Stage:
-    itemsize = ITEMSIZE[job.vae_dtype]
-    alive = encode_bytes(models.vae, latents, batch=batch, itemsize=itemsize, tiling=job.tiling)
-    return Stage(name, vae_parameters(models.vae) * itemsize, alive + _pixel_bytes(latents, batch))
+    alive = encode_bytes(models.vae, latents, batch=batch, itemsize=ITEMSIZE[job.vae_dtype], tiling=job.tiling)
+    return _vae_stage(models, job, name, alive, _pixel_bytes(latents, batch), whole=True)
 
 
 def _decode_stage(models: Models, job: Job, name: str, latents: tuple[int, int, int], batch: int) -> Stage:
-    itemsize = ITEMSIZE[job.vae_dtype]
-    alive = decode_bytes(models.vae, latents, batch=batch, itemsize=itemsize, tiling=job.tiling)
-    return Stage(name, vae_parameters(models.vae) * itemsize, alive + _pixel_bytes(latents, batch))
+    alive = decode_bytes(models.vae, latents, batch=batch, itemsize=ITEMSIZE[job.vae_dtype], tiling=job.tiling)
+    if job.together:
+        alive += 2 * batch * models.vae.z_dim * math.prod(latents) * FP32  # the clip's latents, and un-normalised
+    return _vae_stage(models, job, name, alive, _pixel_bytes(latents, batch), whole=job.keeps_frames)
+
+
+def _vae_stage(models: Models, job: Job, name: str, alive: int, pixels: int, *, whole: bool) -> Stage:
+    """pixels: of the clip in fp32. whole: together with other parts it still is in system memory at once."""
+    weights = models.vae_weights(job)
+    if not job.together:
+        return Stage(name, weights, alive + pixels)
+    weights += models.transformer_on_device(job)
+    # Pixels of other ranges, the picture that is resized, and what is handed to the next clip: copies of parts.
+    clip = 2 * pixels if whole else 0
+    if job.device == "cpu":
+        return Stage(name, weights, alive + clip)
+    return Stage(name, weights, alive, ram=models.transformer_in_ram(job) + clip)
 
 
 def _pixel_bytes(latents: tuple[int, int, int], batch: int) -> int:

@@ -6,14 +6,16 @@ import math
 from dataclasses import dataclass
 
 from lcv_core.config import BSAConfig, DiTConfig
-from lcv_core.names import CacheStorage
-from lcv_core.planning.sparse import Device
+from lcv_core.names import CachePlace, CacheStorage
+from lcv_core.planning.sparse import Device, SparseKernels
 from lcv_core.planning.transformer import FP32, forward_bytes, kv_cache_bytes, largest_weight
 from lcv_core.shapes import token_grid
 from lcv_core.text.encoder import MAX_LENGTH
 
 # fp32 latents between two forwards: noise, image and mask, the state before and after a step, both branches, a preview.
 _LATENTS = 8
+# Of a KV cache in system memory: the present layer, the one on its way, and the last, which its stream still holds.
+_LAYERS_ON_THE_WAY = 3
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Sampling:
     adapters: an adapter works beside the weights, not in them.
     weight_copies: copies of a layer's weight, in fp32, that are alive while the layer runs: what is cast, and what a
         host patches or brings in from elsewhere.
-    cache_storage: how the KV cache is kept.
+    cache_storage, cache_place: how and where the KV cache is kept. One in system memory has two or three layers on
+        the device.
+    sparse: what block sparse attention runs on.
     """
 
     latents: tuple[int, int, int]
@@ -42,13 +46,23 @@ class Sampling:
     weight_copies: int = 0
     device: Device = "gpu"
     cache_storage: CacheStorage = "model"
+    cache_place: CachePlace = "device"
+    sparse: SparseKernels = "gather"
 
     @property
     def holds_cache(self) -> bool:
         return self.cached and self.num_cond_latents > 0
 
     def kv_cache(self, config: DiTConfig) -> int:
-        """Bytes of the KV cache; 0 without condition frames."""
+        """Bytes of the KV cache on the device; 0 without condition frames."""
+        whole = self.kv_cache_kept(config)
+        if self.cache_place == "device" or self.device == "cpu":
+            return whole
+        layers = min(config.depth, _LAYERS_ON_THE_WAY)
+        return math.ceil(whole * layers / config.depth)
+
+    def kv_cache_kept(self, config: DiTConfig) -> int:
+        """Bytes of the KV cache wherever it is kept; 0 without condition frames."""
         if not self.holds_cache:
             return 0
         grid = token_grid(self.latents, config.patch_size)
@@ -74,4 +88,5 @@ class Sampling:
         return forward_bytes(
             config, (frames, *grid[1:]), batch=batch, num_cond_latents=n_c, cached=self.holds_cache and n_c > 0,
             text_length=text_length, itemsize=self.itemsize, bsa=self.bsa, adapters=self.adapters, device=self.device,
+            sparse=self.sparse,
         )  # fmt: skip

@@ -1,10 +1,13 @@
-"""Bytes that block sparse attention takes inside itself: choosing the blocks, and its backend that works everywhere.
+"""Bytes that block sparse attention takes inside itself, while blocks are chosen and while they are attended to.
 
-Counted is `lcv_bsa` without Triton (choosing.py, backends/gather.py); the Triton kernels need less.
+Two kinds of kernels are counted: "gather" is `lcv_bsa` in plain PyTorch (choosing.py, backends/gather.py), which works
+everywhere; "triton" is what GPUs run (backends/triton: selecting.py, forward.py, forward_tma.py), which needs no copy
+of q, k and v and no logits. By cumulative probability blocks are chosen in plain PyTorch with either.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Literal
 
@@ -14,6 +17,7 @@ from lcv_bsa.layout import BlockLayout
 from lcv_core.config import BSAConfig
 
 Device = Literal["cpu", "gpu"]
+SparseKernels = Literal["gather", "triton"]
 Grid = tuple[int, int, int]  # tokens: (time, height, width)
 
 _FP32 = _INT32 = 4  # bytes
@@ -21,11 +25,20 @@ _INT64 = 8
 # As in lcv_bsa: scores of block pairs that live at once; logits of a chunk of query blocks.
 _SCORES_AT_ONCE = 1 << 24
 _LOGITS_AT_ONCE = {"cpu": 1 << 19, "gpu": 1 << 26}
+_TRITON_SCORES_AT_ONCE = 1 << 23
+# Of each query block, where rows differ in length: their counts in fp32, mantissas, exponents, ids in int64 and int32.
+_ORDER_BYTES = 4 + 4 + 4 + 3 * 8 + 4
+
+
+def sparse_kernels(device: Device) -> SparseKernels:
+    """What block sparse attention runs on here: Triton's kernels on a GPU, where Triton is installed."""
+    return "triton" if device == "gpu" and importlib.util.find_spec("triton") is not None else "gather"
 
 
 def sparse_bytes(
-    bsa: BSAConfig, grid_q: Grid, grid_k: Grid, *, heads: int, head_dim: int, itemsize: int, device: Device = "gpu"
-) -> int:
+    bsa: BSAConfig, grid_q: Grid, grid_k: Grid, *, heads: int, head_dim: int, itemsize: int, device: Device = "gpu",
+    kernels: SparseKernels = "gather",
+) -> int:  # fmt: skip
     """Most bytes alive at once besides q, k and v, with what the attention gives counted.
 
     heads: of all samples together. itemsize: bytes of the dtype of q, k and v.
@@ -35,15 +48,30 @@ def sparse_bytes(
     chosen = heads * queries.num_blocks * (kept + 1) * _INT32  # indices and counts
     result = heads * queries.num_tokens * head_dim * itemsize
     by_cdf = bsa.cdf_threshold is not None
+    if kernels == "triton":
+        statistics = heads * queries.num_tokens * _FP32 + (heads * queries.num_blocks * _ORDER_BYTES if by_cdf else 0)
+        choosing = _triton_choosing_bytes(queries, keys, heads, head_dim)
+        if by_cdf:
+            choosing = _choosing_bytes(queries, keys, kept, heads, head_dim, itemsize, by_cdf=True)
+        return max(choosing + (0 if by_cdf else chosen), chosen + result + statistics)
     attending = _gather_bytes(queries, keys, kept, heads, head_dim, itemsize, device, by_cdf=by_cdf)
     choosing = _choosing_bytes(queries, keys, kept, heads, head_dim, itemsize, by_cdf=by_cdf)
     return max(choosing, chosen + result + attending)
 
 
 def place_bytes(bsa: BSAConfig, grid_q: Grid, grid_k: Grid, *, heads: int) -> int:
-    """Where each token of q, k, v and their statistics lies: made by the first call, kept for the next ones."""
+    """For "gather": where each token of q, k, v and their statistics lies; made by the first call and kept."""
     queries, keys = BlockLayout(grid_q, bsa.block_q), BlockLayout(grid_k, bsa.block_k)
     return heads * (2 * _slots(queries) + 3 * _slots(keys)) * _INT64
+
+
+def _triton_choosing_bytes(queries: BlockLayout, keys: BlockLayout, heads: int, head_dim: int) -> int:
+    """Block means of q and k, and one slice of the scores: whole heads, or rows of one."""
+    means = heads * (queries.num_blocks + keys.num_blocks) * head_dim * _FP32
+    rows, Nk = queries.num_blocks, keys.num_blocks
+    many = max(1, min(heads, _TRITON_SCORES_AT_ONCE // (rows * Nk)))
+    step = rows if many > 1 else max(1, min(rows, _TRITON_SCORES_AT_ONCE // Nk))
+    return means + many * step * Nk * _FP32
 
 
 def _slots(layout: BlockLayout) -> int:

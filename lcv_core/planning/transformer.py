@@ -11,7 +11,7 @@ from typing import Literal
 
 from lcv_core.config import BSAConfig, DiTConfig
 from lcv_core.dit.pieces import elements_step, layer_step
-from lcv_core.planning.sparse import Device, Grid, place_bytes, sparse_bytes
+from lcv_core.planning.sparse import Device, Grid, SparseKernels, place_bytes, sparse_bytes
 
 AdapterName = Literal["distill", "refinement"]
 
@@ -23,18 +23,22 @@ FP32 = 4  # bytes
 def dit_parameters(config: DiTConfig) -> tuple[int, int]:
     """(matrices of attention and feed-forward, everything else): the first are what fp8 stores in one byte."""
     C, A, F, D = config.hidden_size, config.adaln_tembed_dim, config.ffn_dim, config.head_dim
-    patch = math.prod(config.patch_size)
     matrices = 8 * C * C + 3 * C * F
     # adaLN, the biases of self- and cross-attention, the norm before the latter, q and k norms
     others = 6 * C * (A + 1) + 8 * C + 2 * C + 4 * D
+    return config.depth * matrices, config.depth * others + outer_parameters(config)
+
+
+def outer_parameters(config: DiTConfig) -> int:
+    """Weights outside the blocks: the embedders and the final layer."""
+    C, A, patch = config.hidden_size, config.adaln_tembed_dim, math.prod(config.patch_size)
     head = patch * config.out_channels
-    rest = (
+    return (
         C * (config.in_channels * patch + 1)
         + A * (config.frequency_embedding_size + 1) + A * (A + 1)
         + C * (config.caption_channels + 1) + C * (C + 1)
         + head * (C + 1) + 2 * C * (A + 1)
     )  # fmt: skip
-    return config.depth * matrices, config.depth * others + rest
 
 
 def matrix_rows(config: DiTConfig) -> int:
@@ -84,11 +88,12 @@ def forward_bytes(
     bsa: BSAConfig | None = None,
     adapters: bool = False,
     device: Device = "gpu",
+    sparse: SparseKernels = "gather",
 ) -> int:
     """Most bytes alive at once in a forward, besides weights, inputs and KV cache; see `forward_moments`."""
     moments = forward_moments(
         config, grid, batch=batch, num_cond_latents=num_cond_latents, cached=cached, text_length=text_length,
-        itemsize=itemsize, bsa=bsa, adapters=adapters, device=device,
+        itemsize=itemsize, bsa=bsa, adapters=adapters, device=device, sparse=sparse,
     )  # fmt: skip
     return max(moments.values())
 
@@ -105,11 +110,13 @@ def forward_moments(
     bsa: BSAConfig | None,
     adapters: bool,
     device: Device,
+    sparse: SparseKernels = "gather",
 ) -> dict[str, int]:
     """Bytes alive at the moments that may be the peak.
 
     grid: tokens passed in; with `cached` the condition frames are not among them. batch: twice the samples when
     guidance is batched. itemsize: bytes of the dtype it computes in. adapters: adapters work at run time, not merged.
+    sparse: what block sparse attention runs on.
     """
     C, D, T = config.hidden_size, config.head_dim, grid[0]
     tokens, frame = math.prod(grid), grid[1] * grid[2]
@@ -126,7 +133,8 @@ def forward_moments(
     piece, hidden = batch * step * C * itemsize, batch * step * config.ffn_dim * itemsize
     normed = elements_step(C, where) * C
     modulation = _TIMESTEPS * 6 * C * FP32
-    apart = cached or device == "cpu"  # keys and values of all layers go through one room
+    # Keys and values of all layers go through one room: `dit.model._wants_room`.
+    apart = cached or device == "cpu" or adapters
     room = 2 * batch * all_keys * C * itemsize if apart else 0
     always = all_keys * D * FP32 + text + _TIMESTEPS * config.adaln_tembed_dim * FP32 + modulation + room
     always += 8 * batch * T  # which frame has which timestep
@@ -174,9 +182,10 @@ def forward_moments(
         n_c, heads = num_cond_latents, batch * config.num_heads
         frames, all_frames = (T, T + n_c) if cached else (T - n_c, T)
         grids: tuple[Grid, Grid] = (frames, *grid[1:]), (all_frames, *grid[1:])
-        always += place_bytes(bsa, *grids, heads=heads)
-        if n_c:
+        if sparse == "gather":
+            always += place_bytes(bsa, *grids, heads=heads)
+        if n_c and sparse == "gather":
             always += place_bytes(bsa, (n_c, *grid[1:]), (n_c, *grid[1:]), heads=heads)
-        inside = sparse_bytes(bsa, *grids, heads=heads, head_dim=D, itemsize=itemsize, device=device)
+        inside = sparse_bytes(bsa, *grids, heads=heads, head_dim=D, itemsize=itemsize, device=device, kernels=sparse)
         moments["sparse"] = attending + inside
     return {name: always + alive for name, alive in moments.items()}

@@ -177,3 +177,23 @@ def _residual(a: int, d: int) -> int:
 
 def _middle(d: int) -> int:
     return 2 * _residual(d, d) + d + _taps(1, d, 3 * d) + _taps(1, d, d)
+
+
+def decode_flops(config: VAEConfig, latents: tuple[int, int, int], tiling: Tiling | None = None) -> float:
+    """Operations of the convolutions while a clip is decoded, the overlaps of tiles counted."""
+    return _flops(_decoder(config, steady=True), latents, tiling)
+
+
+def encode_flops(config: VAEConfig, latents: tuple[int, int, int], tiling: Tiling | None = None) -> float:
+    """The same while it is encoded."""
+    return _flops(_encoder(config, steady=True), latents, tiling)
+
+
+def _flops(stages: Iterable[_Stage], latents: tuple[int, int, int], tiling: Tiling | None) -> float:
+    T, h, w = latents
+    area = h * w if tiling is None else math.prod(sum(b - a for a, b in tiling.spans(side)) for side in (h, w))
+    cell = 0.0
+    for stage in stages:
+        products = sum(a * d + (0 if stage.single else d * d) for a, d in stage.blocks)
+        cell += 2 * 27 * products * stage.frames * stage.cells
+    return cell * area * T

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,29 @@ class Assembly:
         dtype = dtype or self.dtype(name)
         parts = [self._read(piece, device, dtype) for piece in self.pieces[name]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """`read` into a contiguous tensor on the CPU, in its dtype; plain numbers are read where they belong."""
+        row = 0
+        for piece in self.pieces[name]:
+            shape = self.store.shape(piece.source)
+            part = out if len(self.pieces[name]) == 1 else out[row : row + shape[0]]
+            row += shape[0] if shape else 0
+            if piece.scale is None and isinstance(self.store, TensorSource):
+                self.store.read_into(piece.source, part)
+            else:
+                part.copy_(self._read(piece, None, out.dtype))
+
+    def quantised_into(self, name: str, part: int, which: Literal["data", "scale"], out: Tensor) -> None:
+        """`data` or `scale` of what `quantised` gives, into a contiguous tensor on the CPU."""
+        piece = self.pieces[name][part]
+        assert isinstance(self.store, TensorSource)
+        if which == "data":
+            self.store.read_bytes(piece.source, out.view(-1).view(torch.uint8))
+        elif piece.scale is None:
+            out.fill_(1)
+        else:
+            out.copy_(self.store.read(piece.scale, None, torch.float32).reshape(-1).expand(len(out)))
 
     def _read(self, piece: Piece, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
         if piece.scale is None:

@@ -16,7 +16,7 @@ import torch
 from lcv_core.config import DiTConfig, Native, TextConfig, VAEConfig, read_json
 from lcv_core.errors import CheckpointError, InputError
 from lcv_core.miniature import find_model
-from lcv_core.names import Weights
+from lcv_core.names import Streaming, Weights
 from lcv_core.weights.assemble import Assembly, assemble, load_strictly
 from lcv_core.weights.gguf import T5_ENCODER, restore_patch
 from lcv_core.weights.infer import check_dit_config, infer_dit_config, infer_text_config, infer_vae_config
@@ -26,6 +26,7 @@ from lcv_core.weights.tensors import StateDict, TensorSource, TensorStore
 
 if TYPE_CHECKING:
     from lcv_core.dit.model import LongCatDiT
+    from lcv_core.text.cache import CachedEncoder
     from lcv_core.text.encoder import TextEncoder
     from lcv_core.vae.model import WanVAE
 
@@ -98,24 +99,44 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         operations: Any = None,
         weights: Weights = "plain",
+        streaming: Streaming = "off",
+        slots: int = 2,
+        resident: int = 0,
     ) -> LongCatDiT:
         """The transformer in eval mode, in `dtype` or as stored (quantised weights, GGUF's too, as bf16).
 
         operations: layer namespace for the model (see LongCatDiT); only for plain weights. weights: how the large
-        matrices are kept, see `lcv_core.weights.quantised`; what stays plain is in `dtype`.
+        matrices are kept, see `lcv_core.weights.quantised`; what stays plain is in `dtype`. streaming, slots, resident:
+        where the blocks are kept, see `lcv_core.weights.streamed`.
         Raises CheckpointError on any mismatch.
         """
+        from lcv_core.weights.streamed import Streamed, load_streamed
+
+        if streaming != "off":
+            how = Streamed(streaming, slots, resident)
+            return load_streamed(
+                self._load_dit, self.dit_tensors, how, weights, str(self.dit), device, dtype, operations
+            )
+        return self._load_dit(device, dtype, operations, weights)
+
+    def _load_dit(
+        self, device: Device, dtype: torch.dtype | None, operations: Any, weights: Weights,
+        hold_on: Device | None = None,
+    ) -> LongCatDiT:  # fmt: skip
+        """hold_on: see `load_quantised`."""
         from lcv_core.dit.model import LongCatDiT
         from lcv_core.weights.quantised import load_quantised
 
+        what = str(self.dit)
         if weights != "plain":
             if operations is not None:
                 raise InputError(f"weights={weights} comes with layers of its own; leave out operations")
             return load_quantised(
-                self.dit_config, self.dit_tensors, weights, what=str(self.dit), device=device, dtype=dtype
+                self.dit_config, self.dit_tensors, weights, what=what, device=device, dtype=dtype, hold_on=hold_on
             )
         model = LongCatDiT(self.dit_config, operations=operations, device="meta", dtype=dtype)
-        load_strictly(model, self.dit_tensors, what=str(self.dit), device=device, dtype=dtype)
+        hold_on = device if hold_on is None else hold_on
+        load_strictly(model, self.dit_tensors, what=what, device=hold_on, dtype=dtype)
         return model.eval()
 
     def load_vae(self, *, device: Device = "cpu", dtype: torch.dtype | None = None, operations: Any = None) -> WanVAE:
@@ -140,6 +161,27 @@ class Checkpoint:
         load_strictly(model, tensors, what=str(path), device=device, dtype=dtype)
         return TextEncoder(model, tokenizer)
 
+    def cached_text_encoder(
+        self, *, device: Device = "cpu", dtype: torch.dtype | None = None, cache: str | Path | None = None
+    ) -> CachedEncoder:
+        """What encodes prompts like `load_text_encoder`, and loads umT5 only while a prompt is new to it.
+
+        cache: a folder that keeps states from run to run; None: in memory. Reads no weights.
+        """
+        from lcv_core.text.cache import CachedEncoder, TextCache
+
+        path, tokenizer = self.require("text_encoder"), self.require("tokenizer")
+        _, tensors = open_text_encoder(path)
+        parts = (
+            _fingerprint(path), _tokenizer_fingerprint(tokenizer, "tokenizer_config.json"),
+            str(dtype or tensors.dtype("shared.weight")), torch.device(device).type,
+        )  # fmt: skip
+
+        def load() -> TextEncoder:
+            return self.load_text_encoder(device=device, dtype=dtype)
+
+        return CachedEncoder(load, TextCache(" ".join(parts), cache))
+
     def fingerprint(self) -> str:
         """16 hex digits that tell one set of transformer weights from another.
 
@@ -162,8 +204,7 @@ class Checkpoint:
             if (path / "config.json").is_file():
                 configs[name] = read_json(path / "config.json")
         if self.tokenizer is not None:
-            files = [self.tokenizer / name for name in ("tokenizer.json", "spiece.model")]
-            prints["tokenizer"] = _short_hash(*(file.read_bytes() for file in files if file.is_file()))
+            prints["tokenizer"] = _tokenizer_fingerprint(self.tokenizer)
         prints |= {name: _fingerprint(self.adapters[name]) for name in adapters if name in self.adapters}
         settings = {"configs": configs, "flow_shift": self.flow_shift, "native": dataclasses.asdict(self.native)}
         prints["settings"] = _short_hash(json.dumps(settings, sort_keys=True).encode())
@@ -323,6 +364,11 @@ def _fingerprint(path: Path) -> str:
         return _short_hash(_sample(path, path.stat().st_size, b""))
     files = TensorSource.open(path).files
     return _short_hash(*sorted(_sample(file.path, file.size, file.header) for file in files))
+
+
+def _tokenizer_fingerprint(folder: Path, *more: str) -> str:
+    files = [folder / name for name in ("tokenizer.json", "spiece.model", *more)]
+    return _short_hash(*(file.read_bytes() for file in files if file.is_file()))
 
 
 def _short_hash(*parts: bytes) -> str:

@@ -423,8 +423,13 @@ def _add_error(sums: Counter[str], weight: Tensor, other: Tensor | Quantised) ->
     for a, b in spans(*flat.shape):
         now = dequantise(other, a, b) if isinstance(other, Quantised) else other.reshape(flat.shape)[a:b].float()
         before = flat[a:b].float()
-        sums["weight"] += before.double().square().sum().item()  # type: ignore[assignment]
-        sums["error"] += (now - before).double().square().sum().item()  # type: ignore[assignment]
+        sums["weight"] += _squares(before)  # type: ignore[assignment]
+        sums["error"] += _squares(now - before)  # type: ignore[assignment]
+
+
+def _squares(x: Tensor) -> float:
+    """Their sum, added in fp64 without a copy in it."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2
 
 
 def _relative(sums: Counter[str]) -> float:

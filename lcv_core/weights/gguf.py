@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lcv_core.config import LONGCAT_VIDEO
 from lcv_core.errors import CheckpointError
+from lcv_core.weights.data_file import Stamp, read_exactly
 from lcv_core.weights.keymaps import Rule
 
 if TYPE_CHECKING:
@@ -78,8 +79,9 @@ class GGUFFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         _package(self.path)
-        self.size = self.path.stat().st_size
         with self.path.open("rb") as file:
+            self.stamp = Stamp.of(os.fstat(file.fileno()))
+            self.size = self.stamp.size
             reader = _Reader(self.path, file, self.size)
             self.metadata, self.entries = _parse(reader)
             alignment = _alignment(self.path, self.metadata)
@@ -107,21 +109,24 @@ class GGUFFile:
     def read(self, name: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """See `TensorFile.read`. Pieces are dequantised in fp32 and rounded, so a tensor is never twice in memory."""
         entry = self.entries[name]
-        out = torch.empty(math.prod(entry.shape), dtype=dtype or self._dtype, device=device)
+        out = torch.empty(entry.shape, dtype=dtype or self._dtype, device=device)
         if out.device.type != "meta":
-            pieces = out.split(CHUNK)
-            mode = (
-                torch.is_inference_mode_enabled()
-            )  # of this thread alone; what it makes can be written to in it alone
+            self.read_into(name, out)
+        return out
 
-            def fill(i: int) -> None:
-                with torch.inference_mode(mode):
-                    self._fill(pieces[i], entry, i * CHUNK)
+    def read_into(self, name: str, out: Tensor) -> None:
+        """The same into a contiguous tensor, in its dtype."""
+        entry = self.entries[name]
+        pieces = out.view(-1).split(CHUNK)
+        mode = torch.is_inference_mode_enabled()  # of this thread alone; what it makes can be written to in it alone
 
-            # numpy lets go of the interpreter lock, and one core would take minutes for a model.
-            with ThreadPoolExecutor(min(len(pieces), os.cpu_count() or 1)) as pool:
-                list(pool.map(fill, range(len(pieces))))
-        return out.reshape(entry.shape)
+        def fill(i: int) -> None:
+            with torch.inference_mode(mode):
+                self._fill(pieces[i], entry, i * CHUNK)
+
+        # numpy lets go of the interpreter lock, and one core would take minutes for a model.
+        with ThreadPoolExecutor(max(1, min(len(pieces), os.cpu_count() or 1))) as pool:
+            list(pool.map(fill, range(len(pieces))))
 
     def blocks(self, name: str, device: torch.device | str | None = None) -> Tensor:
         """The bytes of a tensor as stored, uint8 [rows, bytes of a row]; "meta" reads nothing."""
@@ -129,9 +134,13 @@ class GGUFFile:
         shape = math.prod(entry.shape[:-1]), -1
         if device is not None and torch.device(device).type == "meta":
             return torch.empty(entry.stop - entry.start, dtype=torch.uint8, device="meta").view(shape)
-        raw = bytearray(entry.stop - entry.start)
-        self._read_into(raw, entry.start)
-        return torch.frombuffer(raw, dtype=torch.uint8).view(shape).to(device=device)
+        raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+        self.read_bytes(name, raw)
+        return raw.view(shape).to(device=device)
+
+    def read_bytes(self, name: str, out: Tensor) -> None:
+        """The bytes of a tensor as stored into uint8 of as many, contiguous on the CPU."""
+        self._read_into(out.view(-1).numpy().data, self.entries[name].start)
 
     def _fill(self, out: Tensor, entry: GGUFEntry, first: int) -> None:
         """The elements of `entry` from number `first` on into `out`."""
@@ -140,16 +149,9 @@ class GGUFFile:
         self._read_into(raw, entry.start + first // elements * width)
         out.copy_(_dequantise(entry.kind, raw).to(out.dtype))
 
-    def _read_into(self, raw: bytearray, start: int) -> None:
+    def _read_into(self, raw: bytearray | memoryview, start: int) -> None:
         """Fill `raw` with the data from `start` on."""
-        view, done = memoryview(raw), 0
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.data_start + start)
-            while done < len(raw):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise CheckpointError(f"{self.path} changed while it was read; download it again")
-                done += count
+        read_exactly(self.path, self.stamp, self.data_start + start, memoryview(raw))
 
 
 def is_gguf(path: Path) -> bool:

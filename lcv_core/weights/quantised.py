@@ -10,7 +10,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import torch
@@ -69,6 +69,20 @@ def in_kind(tensors: Assembly, name: str, part: int, kind: str, device: Device |
         raise CheckpointError(f"{name}: {error}") from None
 
 
+def check_as_stored(weights: str, tensors: Assembly, what: str) -> None:
+    """InputError where a form of the large weights would have to be made: that is not done anew for every pass."""
+    form = weights.removesuffix(_MATMUL)
+    if form == "plain":
+        return
+    for name in tensors.keys():  # noqa: SIM118
+        wanted = kinds_wanted(tensors, name, form)
+        if all(wanted) and wanted != tensors.kinds(name):
+            raise InputError(
+                f"weights={weights} cannot be streamed from disk, because {what} has them in another form; convert it"
+                f" once (lcv convert ... --to {form}) and use weights=stored, or stream from ram"
+            )
+
+
 @dataclass
 class _Kept:
     """What could not be had as asked for, to be said once."""
@@ -93,7 +107,7 @@ class _Kept:
 
 def load_quantised(
     config: DiTConfig, tensors: Assembly, weights: Weights, *, what: str, device: Device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, hold_on: Device | None = None,
 ) -> LongCatDiT:  # fmt: skip
     """The transformer in eval mode with its large weights quantised; at no time is more than one of them plain.
 
@@ -103,23 +117,27 @@ def load_quantised(
         token; fp8 needs a GPU of compute capability 8.9, and where it cannot be had the multiplication is weight-only.
         What differs from what was asked for is said in the log.
     dtype: of everything else, and of the activations; None: as stored, bf16 for quantised files.
+    hold_on: where the tensors are in the end, if not on `device`, where they are quantised and will be multiplied;
+        "meta" reads none of them, and needs a file that has them in the form that is asked for.
     Raises CheckpointError on any mismatch, InputError as `check_weights`.
     """
     check_weights(weights, tensors, what)
     model = LongCatDiT(config, operations=layers, device="meta", dtype=dtype)
     check_fit(model, tensors, what=what)
     form, matmul = weights.removesuffix(_MATMUL), _matmul(weights, torch.device(device))
+    hold_on = device if hold_on is None else hold_on
+    made_on = hold_on if torch.device(hold_on).type == "meta" else device
     kept = _Kept(weights)
     names = list(model.state_dict())
     rest: dict[str, Tensor] = {}
     for name in names:
         kinds = kinds_wanted(tensors, name, form)
         if not all(kinds):
-            rest[name] = tensors.read(name, device, dtype)
+            rest[name] = tensors.read(name, hold_on, dtype)
             if is_large(name):
                 kept.plain.append(name)
             continue
-        parts = [in_kind(tensors, name, i, kind, device) for i, kind in enumerate(kinds) if kind]
+        parts = [_on(in_kind(tensors, name, i, kind, made_on), hold_on) for i, kind in enumerate(kinds) if kind]
         layer = model.get_submodule(name.removesuffix(".weight"))
         assert isinstance(layer, layers.Linear)
         _hold(layer, parts, matmul, name, kept)
@@ -127,6 +145,10 @@ def load_quantised(
     model.load_state_dict(rest | _held_state(model), strict=True, assign=True)
     kept.say(form)
     return model.eval()
+
+
+def _on(q: Quantised, device: Device) -> Quantised:
+    return replace(q, data=q.data.to(device), scale=None if q.scale is None else q.scale.to(device))
 
 
 def _held_state(model: LongCatDiT) -> dict[str, Tensor]:

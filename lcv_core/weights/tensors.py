@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lcv_core.config import read_json
 from lcv_core.errors import CheckpointError
+from lcv_core.weights.data_file import Stamp, read_exactly
 from lcv_core.weights.gguf import GGUFFile, is_gguf
 
 DTYPES = {
@@ -26,6 +28,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_CHUNK = 1 << 20  # elements that are read before they are cast
 
 # First bytes of things that are saved under a model's name.
 _IMPOSTORS = (
@@ -63,8 +66,9 @@ class TensorFile:
         if self.path.is_dir():
             raise CheckpointError(f"{self.path} is a folder, expected a .safetensors file")
         try:
-            self.size = self.path.stat().st_size
             with self.path.open("rb") as file:
+                self.stamp = Stamp.of(os.fstat(file.fileno()))
+                self.size = self.stamp.size
                 self.header = _read_header(self.path, file.read(8), self.size, file)
         except FileNotFoundError:
             raise CheckpointError(f"{self.path} does not exist") from None
@@ -95,15 +99,29 @@ class TensorFile:
         if device is not None and torch.device(device).type == "meta":
             return torch.empty(entry.shape, dtype=dtype or entry.dtype, device="meta")
         raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.data_start + entry.start)
-            view, done = raw.numpy(), 0
-            while done < len(view):
-                count = file.readinto(view[done:].data)
-                if not count:
-                    raise CheckpointError(f"{self.path} changed while it was read; download it again")
-                done += count
+        self.read_bytes(name, raw)
         return raw.view(entry.dtype).reshape(entry.shape).to(device=device, dtype=dtype)
+
+    def read_bytes(self, name: str, out: Tensor) -> None:
+        """The bytes of a tensor as stored into uint8 of as many, contiguous on the CPU."""
+        self._read(out, self.entries[name].start)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """A tensor into a contiguous one on the CPU, in its dtype; of what is cast, little is in memory twice."""
+        entry = self.entries[name]
+        if out.dtype == entry.dtype:
+            self.read_bytes(name, out.view(-1).view(torch.uint8))
+            return
+        size, flat = entry.dtype.itemsize, out.view(-1)
+        room = torch.empty(min(_CHUNK, flat.numel()) * size, dtype=torch.uint8)
+        for first in range(0, flat.numel(), _CHUNK):
+            part = flat[first : first + _CHUNK]
+            raw = room[: part.numel() * size]
+            self._read(raw, entry.start + first * size)
+            part.copy_(raw.view(entry.dtype))
+
+    def _read(self, raw: Tensor, start: int) -> None:
+        read_exactly(self.path, self.stamp, self.data_start + start, raw.numpy().data)
 
 
 def open_file(path: str | Path) -> TensorFile | GGUFFile:
@@ -256,6 +274,14 @@ class TensorSource:
     def read(self, name: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """See `TensorFile.read`."""
         return self._home[name].read(name, device, dtype)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """A tensor into a contiguous one on the CPU, in its dtype."""
+        self._home[name].read_into(name, out)
+
+    def read_bytes(self, name: str, out: Tensor) -> None:
+        """The bytes of a tensor as stored into uint8 of as many, contiguous on the CPU."""
+        self._home[name].read_bytes(name, out)
 
     def blocks(self, name: str, device: torch.device | str | None = None) -> Tensor | None:
         """The bytes of a tensor of a GGUF file, see `GGUFFile.blocks`; None for one of a safetensors file."""

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lcv_core import layers
 from lcv_core.dit.frames import share_timesteps
-from lcv_core.dit.kernels import plain
+from lcv_core.dit.kernels import plain, whole
 from lcv_core.errors import InputError
 
 log = logging.getLogger("lcv_core")
 
-NAMES = ("auto", "torch", "triton")
+NAMES = ("auto", "torch", "triton", "whole")
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,22 @@ class Kernels:
 
 
 TORCH = Kernels("torch", plain.modulate, plain.layer_norm, plain.gated_add_, plain.norm_rope)
+WHOLE = Kernels("whole", whole.modulate, whole.layer_norm, whole.gated_add_, whole.norm_rope)
 
 
 @lru_cache(maxsize=16)
-def resolve_kernels(name: str, device: torch.device) -> Kernels:
-    """The kernels called `name` on this device. InputError for an unknown name, or where they cannot run, with why."""
+def resolve_kernels(name: str, device: torch.device, *, compiled: bool = False) -> Kernels:
+    """The kernels called `name` on this device. InputError for an unknown name, or where they cannot run, with why.
+
+    compiled: they are to be compiled; "auto" then takes "whole" where it would take "torch".
+    """
     if name not in NAMES:
         raise InputError(f'unknown kernels "{name}"; there are: {", ".join(NAMES)}')
-    if name == "torch":
-        return TORCH
+    if name in ("torch", "whole"):
+        return TORCH if name == "torch" else WHOLE
     reason = _refusal(device)
     if name == "auto":
-        chosen = _triton() if reason is None else TORCH
+        chosen = _triton() if reason is None else WHOLE if compiled else TORCH
         log.info('kernels "auto" chose %s on %s%s', chosen.name, device, "" if reason is None else f" ({reason})")
         return chosen
     if reason is not None:

@@ -157,7 +157,7 @@ def norm_rope(x: Tensor, norm: nn.Module, rope: Tensor | None, out: Tensor) -> N
     if not _takes(x) or not _is_ours(norm, x) or weight is None or x.stride(-1) != 1 or out.stride(-1) != 1:
         return plain.norm_rope(x, norm, rope, out)
     heads = min(triton.next_power_of_2(H), max(1, _CHANNELS // triton.next_power_of_2(D)))
-    table = x if rope is None else torch.view_as_real(rope)
+    table = x if rope is None else torch.view_as_real(rope) if rope.is_complex() else rope
     if not table.is_contiguous() and rope is not None:
         table = table.contiguous()
     norm_rope_kernel[(B * n, triton.cdiv(H, heads))](

@@ -86,6 +86,8 @@ def _norm_rope(x: Tensor, norm: nn.Module, rope: Tensor | None) -> Tensor:
     h = norm(x)
     if rope is None:
         return h
+    if not rope.is_complex():
+        rope = torch.view_as_complex(rope)
     h = upcast(h).contiguous()
     torch.view_as_complex(h.unflatten(-1, (-1, 2))).mul_(rope)
     return h

@@ -173,11 +173,11 @@ def image_to_video() -> Workflow:
         "load", "LoadImage", (x(2), TOP + 780), (COLUMN, 330), {"image": "example.png"}, title="Your own picture",
         muted=True,
     )  # fmt: skip
-    moves = "the small blue square moves right on a grey background"
+    moves = "the large blue square moves right on a grey background"
     return Workflow(
         "image_to_video",
         (
-            loader(), prompt("a small blue square on a grey background"), negative((x(1), TOP + 220)),
+            loader(), prompt("a large blue square on a grey background"), negative((x(1), TOP + 220)),
             prompt(moves, "motion", "What happens", (x(1), TOP + 440)), still, paint, picture, own,
             latent((x(3), TOP), image=("picture", 0)),
             sampler((x(3), TOP + 310), "base", positive=("motion", 0), negative=("negative", 0)),

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
-PROMPT := a large red ball moves left on a dark blue background
+PROMPT := a large red ball with stripes moves left on a dark blue background
 MINI := outputs/mini
 MINI_RECIPES := text vae flow refine_dense refine_sparse cfg_distill step_distill grpo
 PROCESSES := 2

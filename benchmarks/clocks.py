@@ -16,6 +16,20 @@ Run = Callable[[], object]
 _FLUSH = 4  # times the L2 cache are overwritten before each run
 
 
+def peak_bytes(run: Run, device: torch.device) -> int:
+    """Bytes that a run needs at its worst moment beyond what was there: alive on a CPU, allocated on a GPU."""
+    if device.type == "cpu":
+        with LiveBytes() as live:
+            run()
+        return live.peak
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 @dataclass(frozen=True)
 class Timed:
     """ms: of each timed run. peak: bytes that one run needed beyond what was there before it."""
@@ -54,7 +68,7 @@ class Clocks:
         """Two warm-up runs, of which the second is the one whose memory is counted; then the timed ones."""
         with torch.inference_mode():
             first = self._ms(run)
-            most = self._peak(run) if peak else 0
+            most = peak_bytes(run, self.device) if peak else 0
             ms = [self._ms(run)]
             while len(ms) < self.repeats and sum(ms) + first / 10 < 1e3 * self.seconds:
                 ms.append(self._ms(run))
@@ -72,18 +86,6 @@ class Clocks:
         end.record()
         torch.cuda.synchronize()
         return begin.elapsed_time(end)
-
-    def _peak(self, run: Run) -> int:
-        if not self.cuda:
-            with LiveBytes() as live:
-                run()
-            return live.peak
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
 
     # -- ceilings -----------------------------------------------------------------------------------------------------
 

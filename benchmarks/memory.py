@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from cases import TEXT_TOKENS
+from clocks import peak_bytes
 from goals import Goal, print_goals
 from lcv_bsa.backends import rows as bsa_rows
 from measure import DTYPES, MIB, commit, device_name
@@ -30,7 +31,6 @@ from parts import Grid, build
 from lcv_bsa import ops
 from lcv_core.config import LONGCAT_VIDEO, WAN_VAE, BSAConfig, DiTConfig, TextConfig, VAEConfig
 from lcv_core.dit.rope import rope_table
-from lcv_core.live_bytes import LiveBytes
 from lcv_core.planning import Job, Refine, make_plan
 from lcv_core.planning.text import text_bytes
 from lcv_core.planning.transformer import forward_bytes
@@ -92,20 +92,12 @@ class Machine:
         gc.collect()
         rope_table.cache_clear()  # tables that are made once are part of what a job needs
         bsa_rows._places.cache_clear()
-        if self.device.type == "cpu":
-            with torch.no_grad(), LiveBytes() as live:
-                run()
-            return live.peak
         with torch.no_grad():
-            run()  # kernels are compiled, workspaces taken
-            rope_table.cache_clear()
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run()
-            torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+            if self.device.type == "cuda":
+                run()  # kernels are compiled, workspaces taken
+                rope_table.cache_clear()
+                torch.cuda.empty_cache()
+            return peak_bytes(run, self.device)
 
 
 def transformer_cases(config: DiTConfig, sizes: Sizes, m: Machine) -> Iterator[Case]:

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lcv_core.quant.formats import BY_ROW, Quantised, dequantise, kind_for, quantise, spans, stack
+from lcv_core.quant.formats import BY_ROW, Quantised, dequantise, kind_for, quantise, stack
+from lcv_core.quant.matmul import weight_only_matmul
 from lcv_core.weights.assemble import Assembly, check_fit
 from lcv_core.weights.quantised import in_kind, is_large, kinds_wanted
 from lcv_core.weights.tensors import TensorStore
@@ -225,10 +226,7 @@ def _put_back(layer: Linear, packed: Tensor, bias: Tensor | None, held: Any) -> 
 
 def _multiply(x: Tensor, q: Quantised, bias: Tensor | None) -> Tensor:
     """x W^T + b in the dtype of x; never the whole of W is there in it."""
-    flat = x.reshape(-1, q.columns)
-    out = flat.new_empty(flat.shape[0], q.rows)
-    for a, b in spans(q.rows, q.columns):
-        torch.mm(flat, dequantise(q, a, b).to(x.dtype).t(), out=out[:, a:b])
+    out = weight_only_matmul(x.reshape(-1, q.columns), [q])
     if bias is not None:
         out += bias
     return out.view(*x.shape[:-1], q.rows)

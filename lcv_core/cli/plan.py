@@ -122,7 +122,8 @@ def _what(planner: Planner) -> str:
     job = planner.job
     if job.refine_only:
         assert job.refine is not None
-        return f"a refinement to {job.refine.width}x{job.refine.height}, {planner.work.windows} windows"
+        windows = planner.work.windows
+        return f"a refinement to {job.refine.width}x{job.refine.height}, {windows} window{'s' if windows > 1 else ''}"
     given = f", {job.num_cond_frames} of them given" if job.num_cond_frames else ""
     return f"{job.num_frames} frames of {job.width}x{job.height}{given}, {planner.work.steps} steps"
 

@@ -89,6 +89,15 @@ def spans(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     return ((a, min(a + step, rows)) for a in range(0, rows, step))
 
 
+def in_dtype(parts: Sequence[Quantised], dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """(a, b, rows [a, b) of the weight) piece by piece; never the whole of it is there in `dtype`."""
+    start = 0
+    for q in parts:
+        for a, b in spans(q.rows, q.columns):
+            yield start + a, start + b, dequantise(q, a, b).to(dtype)
+        start += q.rows
+
+
 def _quantise_piece(kind: str, w: Tensor) -> tuple[Tensor, Tensor | None]:
     """Data and scale of rows in fp32."""
     if not torch.isfinite(w).all():

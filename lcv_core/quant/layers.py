@@ -6,7 +6,7 @@ are loaded (`lcv_core.weights.quantised`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lcv_core import layers
 from lcv_core.errors import InputError
 from lcv_core.layers import Conv2d, Conv3d, LayerNorm, RMSNorm
-from lcv_core.quant.formats import Quantised, dequantise, merge, spans
-from lcv_core.quant.matmul import fp8_matmul, int8_matmul, shape_refusal
+from lcv_core.quant.formats import Quantised, in_dtype, merge
+from lcv_core.quant.matmul import fp8_matmul, int8_matmul, shape_refusal, weight_only_matmul
 
 __all__ = ["Conv2d", "Conv3d", "LayerNorm", "Linear", "Matmul", "RMSNorm"]
 
@@ -94,9 +94,7 @@ class Linear(layers.Linear):
     def _multiply(self, input: Tensor, bias: Tensor | None) -> Tensor:
         x = input.reshape(-1, self.in_features)
         if self.matmul == "weight-only":
-            out = x.new_empty(x.shape[0], self.out_features)
-            for a, b, rows in self._in_dtype(x.dtype):
-                torch.mm(x, rows.t(), out=out[:, a:b])
+            out = weight_only_matmul(x, self.held)
         else:
             multiply = int8_matmul if self.matmul == "int8" else fp8_matmul
             parts = [multiply(x, q) for q in self.held]
@@ -104,14 +102,6 @@ class Linear(layers.Linear):
         if bias is not None:
             out += bias.to(out.dtype)
         return out.view(*input.shape[:-1], self.out_features)
-
-    def _in_dtype(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-        """(a, b, rows [a, b) of the weight) piece by piece."""
-        start = 0
-        for q in self.held:
-            for a, b in spans(q.rows, q.columns):
-                yield start + a, start + b, dequantise(q, a, b).to(dtype)
-            start += q.rows
 
 
 class _Multiply(torch.autograd.Function):
@@ -127,7 +117,7 @@ class _Multiply(torch.autograd.Function):
         layer: Linear = ctx.layer
         grad = grads[0].reshape(-1, layer.out_features)
         out = grad.new_zeros(grad.shape[0], layer.in_features)
-        for a, b, rows in layer._in_dtype(grad.dtype):
+        for a, b, rows in in_dtype(layer.held, grad.dtype):
             out.addmm_(grad[:, a:b], rows)
         bias = grad.sum(dim=0).to(layer.bias.dtype) if layer.bias is not None and ctx.needs_input_grad[1] else None
         return out.view(*grads[0].shape[:-1], layer.in_features), bias, None

@@ -6,12 +6,12 @@ most 127 * 127) and that of the tensor cores in fp8.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from lcv_core.quant.formats import Quantised, scales_of, to_kind
+from lcv_core.quant.formats import Quantised, in_dtype, scales_of, to_kind
 
 TOKENS = 4096  # multiplied at once: the sums of a chunk are in 32 bits
 _FP8_CAPABILITY = (8, 9)  # of the first GPUs that multiply fp8
@@ -37,6 +37,14 @@ def shape_refusal(q: Quantised, matmul: str) -> str | None:
     if matmul == "fp8" and (q.rows % _FP8_MULTIPLE or q.columns % _FP8_MULTIPLE):
         return f"its sides {q.rows} and {q.columns} are not both multiples of {_FP8_MULTIPLE}"
     return None
+
+
+def weight_only_matmul(x: Tensor, parts: Sequence[Quantised]) -> Tensor:
+    """x W^T of x [n, columns] in its dtype, the rows of W in order; never the whole of W is there in it."""
+    out = x.new_empty(x.shape[0], sum(q.rows for q in parts))
+    for a, b, rows in in_dtype(parts, x.dtype):
+        torch.mm(x, rows.t(), out=out[:, a:b])
+    return out
 
 
 def int8_matmul(x: Tensor, q: Quantised) -> Tensor:

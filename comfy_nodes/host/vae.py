@@ -119,6 +119,8 @@ def host_vae(vae: Any) -> Any:
 class StockVAE:
     """Another pack's or ComfyUI's own Wan 2.1 VAE. It gives means alone, and decodes clips whole."""
 
+    decodes_whole = True
+
     def __init__(self, vae: Any) -> None:
         self._vae, self.config = vae, VAEConfig()
         self.device = torch.device("cpu")

@@ -303,8 +303,10 @@ class StreamingDecoder:
         self._seen: list[Tensor] = []  # latents whose frames were handed out, where they may be needed again
 
     def stream(self, latents: Tensor) -> Iterator[Tensor]:
-        """The next normalised latents [B, C, n, h, w] -> fp32 frames [B, 1 then 4, H, W, 3] in [0, 1] for each."""
-        for latent in latents.split(1, dim=2):
+        """The next normalised latents [B, C, n, h, w] -> fp32 frames [B, 1 then 4, H, W, 3] in [0, 1] for each; all
+        at once from a VAE that `decodes_whole`."""
+        whole = getattr(self.c.need_vae(), "decodes_whole", False)
+        for latent in (latents,) if whole else latents.split(1, dim=2):
             yield with_less(self.c, "VAE decode", partial(self._next, latent), self._where)
             if self.c.memory is not None:
                 self._seen.append(latent.cpu())
@@ -331,10 +333,10 @@ class StreamingDecoder:
         vae = self.c.need_vae()
         frame = vae.denormalize(latent.float())
         if self._tiling:
-            (pixels,) = decode_stream_tiled(vae, frame, self._tiling, self._tiles)
+            pieces = decode_stream_tiled(vae, frame, self._tiling, self._tiles)
         else:
-            (pixels,) = vae.decode_stream(frame, self._state)
-        return to_frames(pixels).cpu()
+            pieces = vae.decode_stream(frame, self._state)
+        return to_frames(torch.cat(list(pieces), dim=2)).cpu()
 
     def push(self, latents: Tensor) -> Tensor:
         """The frames [B, F, H, W, 3] of the next latents, all at once."""

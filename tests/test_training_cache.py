@@ -17,7 +17,9 @@ from lcv_core.errors import InputError
 from lcv_core.pipelines.base import to_pixels
 from lcv_core.training.data import cache as cache_module
 from lcv_core.training.data.cache import LatentCache, LatentOptions, Workers, encode_rows, fill_latents, fill_texts
+from lcv_core.training.data.clips import sample_clip
 from lcv_core.training.data.folder import FolderClips, FolderSection
+from lcv_core.training.data.grammar import parse
 from lcv_core.training.data.sources import Joined, Part, ProceduralClips, SourceClip
 from lcv_core.training.events import ignore
 from lcv_core.video_io import write_video
@@ -97,6 +99,22 @@ def test_nothing_is_computed_twice(tmp_path: Path) -> None:
         on_event=ignore,
     )  # type: ignore[arg-type]  # fmt: skip
     assert vae.clips == before + 2
+
+
+def test_motions_are_shown_in_turn_and_are_other_clips(tmp_path: Path) -> None:
+    motions = ("spins", "circles", "spins")
+    source, vae = ProceduralClips(count=6, part=3, motions=motions, **SMALL), CountingVAE()
+    for index in range(2):
+        for position, clip in enumerate(source.read(index)):
+            number = 3 * index + position
+            same = sample_clip(0, number, motion=motions[number % 3], num_frames=5, height=32, width=48)
+            assert torch.equal(clip.frames, same.frames)
+            assert {parse(text)["motion"] for text in source.captions(index, position)} == {same.scene.motion}
+    fill(source, tmp_path, vae)
+    fill(ProceduralClips(count=6, part=3, **SMALL), tmp_path, vae)
+    assert vae.clips == 12
+    with pytest.raises(InputError, match="rolls"):
+        ProceduralClips(motions=("rolls",))
 
 
 def test_joined_sources_keep_their_clips_and_captions(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lcv_core.shapes import check_frames, check_size
 from lcv_core.training.data import clips, grammar, render
 from lcv_core.training.data.clips import clip_generator, describe_clip, sample_clip
-from lcv_core.training.data.grammar import HeldBack, caption
+from lcv_core.training.data.grammar import MOTIONS, HeldBack, caption
 from lcv_core.training.strict import need
 
 
@@ -70,7 +70,8 @@ class ProceduralClips:
     """Clips rendered by this repository (`clips.py`).
 
     count: numbers 0 to count - 1 of a seed; a larger count keeps the first ones. captions: wordings of each clip, of
-    which training draws one. late, held_back: as in `describe_clip`. part: clips that are computed and kept together.
+    which training draws one. late, held_back: as in `describe_clip`. motions: those that clips show in turn, where some
+    are to be seen more often; none: all, as chance has it. part: clips that are computed and kept together.
     """
 
     count: int = 20000
@@ -82,9 +83,12 @@ class ProceduralClips:
     late: float = 0.0
     captions_per_clip: int = 4
     held_back: HeldBack = "exclude"
+    motions: tuple[str, ...] = ()
     part: int = 64
 
     def __post_init__(self) -> None:
+        for motion in self.motions:
+            need(motion in MOTIONS, f"data.procedural.motions has {motion!r}; the motions are {', '.join(MOTIONS)}")
         need(self.part >= 1, f"data.procedural.part must be at least 1, got {self.part}")
         need(self.count >= 1, f"data.procedural.count must be at least 1, got {self.count}")
         need(self.captions_per_clip >= 1, "data.procedural.captions_per_clip must be at least 1")
@@ -97,6 +101,8 @@ class ProceduralClips:
         settings = {
             k: v for k, v in dataclasses.asdict(self).items() if k not in ("count", "captions_per_clip", "part")
         }
+        if not self.motions:
+            del settings["motions"]  # clips of before there was a choice are these
         settings["renderer"] = _code_hash()
         spans = [(a, min(a + self.part, self.count)) for a in range(0, self.count, self.part)]
         return [Part(f"clips {a} to {b - 1}", {"procedural": settings, "from": a, "to": b}) for a, b in spans]
@@ -105,16 +111,21 @@ class ProceduralClips:
         for number in range(index * self.part, min((index + 1) * self.part, self.count)):
             clip = sample_clip(
                 self.seed, number, num_frames=self.num_frames, height=self.height, width=self.width,
-                frame_rate=self.frame_rate, held_back=self.held_back, late=self.late,
+                frame_rate=self.frame_rate, held_back=self.held_back, late=self.late, **self._fixed(number),
             )  # fmt: skip
             yield SourceClip(f"clip {number}", clip.frames)
 
     def captions(self, index: int, position: int) -> tuple[str, ...]:
         number = index * self.part + position
-        scene, first, _ = describe_clip(self.seed, number, held_back=self.held_back, late=self.late)
+        scene, first, _ = describe_clip(
+            self.seed, number, held_back=self.held_back, late=self.late, **self._fixed(number)
+        )
         words = clip_generator(self.seed + 1, number)
         others = [caption(scene, words) for _ in range(self.captions_per_clip - 1)]
         return tuple(dict.fromkeys([first, *others]))
+
+    def _fixed(self, number: int) -> dict[str, str]:
+        return {"motion": self.motions[number % len(self.motions)]} if self.motions else {}
 
 
 @dataclass(frozen=True)

@@ -352,7 +352,7 @@ def test_wrong_recipes(tiny_checkpoint: Path, cache: Path, changes: dict[str, An
         build_stage(recipe(tiny_checkpoint, cache, **changes))
 
 
-@pytest.mark.parametrize("name", ["mini/refine_dense", "mini/refine_sparse"])
+@pytest.mark.parametrize("name", ["mini/refine_dense", "mini/refine_sparse", "mini/refine_more"])
 def test_shipped_recipes(tiny_checkpoint: Path, name: str) -> None:
     stage = build_stage(load_recipe(name, [f"model.checkpoint={tiny_checkpoint}", "model.adapter=null"]))
     assert isinstance(stage, RefineStage)

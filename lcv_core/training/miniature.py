@@ -17,9 +17,9 @@ from lcv_core.files import replace_folder, temporary_path
 from lcv_core.miniature import miniature
 
 MOST_BYTES = 40_000_000  # of all files together: it lies in git
-RUNS = ("text", "vae", "flow", "refine_dense", "refine_sparse", "cfg_distill", "step_distill", "grpo")
+RUNS = ("text", "vae", "flow", "refine_dense", "refine_sparse", "refine_more", "cfg_distill", "step_distill", "grpo")
 PARTS = ("dit", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json")  # of the base model's run
-ADAPTERS = {"refine_sparse": "refinement_lora", "step_distill": "cfg_step_lora", "grpo": "grpo_lora"}
+ADAPTERS = {"refine_more": "refinement_lora", "step_distill": "cfg_step_lora", "grpo": "grpo_lora"}
 _RECORDS = {"metrics.csv": "{run}.csv", "curves.png": "{run}.png"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FakeTextEncoder, components, make_dit, pictures, text
+from tiny_models import FakeTextEncoder, components, make_dit, make_vae, pictures, text
 from torch import Tensor
 
 from lcv_core.denoise import StepInfo
@@ -27,6 +28,7 @@ from lcv_core.pipelines import (
 )
 from lcv_core.pipelines.base import decode_latents
 from lcv_core.pipelines.long_video import segment_generator
+from lcv_core.vae.layers import StreamState
 
 F, C = 9, 5  # frames and condition frames of a segment: the tiny model's native job
 HANDOVERS = ["frames", "official", "latents"]
@@ -69,7 +71,7 @@ def test_lengths(c: Components, handover: str, start: str) -> None:
 
 def test_the_segments_are_the_tasks_by_hand(c: Components) -> None:
     """With "frames": text to video, then continuations of the float frames, each with its segment's random numbers."""
-    parts = segments(c)
+    parts = segments(c, handover="frames")
     options = {"text": text(), "num_steps": 2, "guidance_scale": 1.0}
     frames = text_to_video(c, **options, generator=segment_generator(4, 0))[0]
     assert torch.equal(parts[0].frames, frames)
@@ -104,6 +106,56 @@ def test_the_latent_handover_is_one_decode(c: Components, start: str) -> None:
     whole = torch.cat([parts[0].latents, *(p.latents[:, :, 2:] for p in parts[1:])], dim=2)
     frames = decode_latents(c, whole)[0]
     assert torch.equal(joined(parts), frames[C:] if start == "clip" else frames)
+
+
+def test_latents_are_handed_over_where_nothing_is_said(c: Components) -> None:
+    unsaid = segments(c)
+    for handover in HANDOVERS:
+        made = segments(c, handover=handover)
+        assert torch.equal(made[0].latents, unsaid[0].latents)
+        assert torch.equal(made[1].latents, unsaid[1].latents) == (handover == "latents")
+
+
+class WholeVAE:
+    """A VAE as another program's may be: what it decodes it decodes at once. It counts how often."""
+
+    decodes_whole = True
+
+    def __init__(self) -> None:
+        self.vae, self.decoded = make_vae(), 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.vae, name)
+
+    def decode_stream(self, latent: Tensor, state: StreamState) -> Iterator[Tensor]:
+        assert not state
+        self.decoded += 1
+        yield from self.vae.decode_stream(latent, state)
+
+
+@pytest.mark.parametrize("given", [{}, {"handover": "latents"}], ids=["unsaid", "named"])
+def test_a_vae_that_decodes_whole_is_refused_before_anything_is_computed(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = FakeTextEncoder()
+    c = components(vae=WholeVAE(), text_encoder=encoder)
+
+    def never(*_: object, **__: object) -> Tensor:
+        raise AssertionError("it was sampled")
+
+    monkeypatch.setattr(c, "denoise", never)
+    with pytest.raises(InputError, match=r'own VAE .* or the hand-over "frames"'):
+        segments(c, text=["a", "b"], num_segments=None, **given)
+    assert encoder.prompts == []
+
+
+def test_a_vae_that_decodes_whole_serves_one_segment_and_the_other_hand_overs(c: Components) -> None:
+    vae = WholeVAE()
+    whole = components(vae=vae)
+    for options in ({"num_segments": 1}, {"num_segments": 1, "frames": pictures(7)}, {"handover": "frames"}):
+        made, known = segments(whole, **options), segments(c, **options)
+        assert torch.allclose(joined(made), joined(known), atol=1e-6)
+    assert vae.decoded == 1 + 1 + 3
 
 
 def test_an_image_starts_as_image_to_video_does(c: Components) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,9 +26,10 @@ from lcv_core.pipelines import (
     long_video_segments,
     text_to_video,
 )
-from lcv_core.pipelines.base import decode_latents
+from lcv_core.pipelines.base import StreamingDecoder, decode_latents
 from lcv_core.pipelines.long_video import segment_generator
 from lcv_core.vae.layers import StreamState
+from lcv_core.vae.tiling import Tiling
 
 F, C = 9, 5  # frames and condition frames of a segment: the tiny model's native job
 HANDOVERS = ["frames", "official", "latents"]
@@ -156,6 +157,40 @@ def test_a_vae_that_decodes_whole_serves_one_segment_and_the_other_hand_overs(c:
         made, known = segments(whole, **options), segments(c, **options)
         assert torch.allclose(joined(made), joined(known), atol=1e-6)
     assert vae.decoded == 1 + 1 + 3
+
+
+def test_the_decoder_is_off_the_device_while_a_segment_is_sampled(
+    c: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    rest, sample, push = StreamingDecoder.rest, Components.denoise, StreamingDecoder.push
+
+    def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given, **named: (seen.append(name), call(*given, **named))[1]
+
+    monkeypatch.setattr(StreamingDecoder, "rest", noted("rest", rest))
+    monkeypatch.setattr(StreamingDecoder, "push", noted("decode", push))
+    monkeypatch.setattr(Components, "denoise", noted("sample", sample))
+    segments(c)
+    assert seen == ["sample", "decode", "rest", "sample", "decode", "rest", "sample", "decode"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("tile", [0, 32])
+def test_the_decoders_state_waits_in_system_memory(tile: int) -> None:
+    c = components(
+        dit=make_dit().cuda(), vae=make_vae().cuda(), tiling=Tiling(tile, tile * 3 // 4) if tile else None
+    )  # fmt: skip
+    latents = torch.randn(1, 16, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole, decoder = decode_latents(c, latents), StreamingDecoder(c)
+    frames = [decoder.push(latents[:, :, :3])]
+    decoder.rest()
+    states = [decoder._state, *(each.state for each in decoder._tiles)]
+    assert {tensor.device.type for state in states for tensor in state.values()} == {"cpu"}
+    frames.append(decoder.push(latents[:, :, 3:]))
+    assert {tensor.device.type for state in states for tensor in state.values()} == {"cuda"}
+    assert torch.equal(torch.cat(frames, dim=1), whole)
 
 
 def test_an_image_starts_as_image_to_video_does(c: Components) -> None:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from comfy_api.latest import io
 
 from lcv_core.errors import InputError
-from lcv_core.names import Handover
+from lcv_core.names import DEFAULT_HANDOVER, Handover
 from lcv_core.text.prompt import DEFAULT_NEGATIVE_PROMPT
 
 from . import inputs
@@ -55,9 +55,10 @@ class LongCatVideoLong(io.ComfyNode):
                 inputs.num_steps(),
                 inputs.guidance_scale(),
                 io.Combo.Input(
-                    "handover", options=list(get_args(Handover)), default="frames",
-                    tooltip="What a segment sees of the one before. frames: decoded frames, encoded again. official:"
-                    " the same through 8-bit frames. latents: the latents themselves.",
+                    "handover", options=list(get_args(Handover)), default=DEFAULT_HANDOVER,
+                    tooltip="What a segment sees of the one before. latents: the latents themselves, which keeps"
+                    " objects and motion best. frames: decoded frames, encoded again; for a VAE other than the"
+                    " Loader's. official: the same through 8-bit frames.",
                 ),
                 inputs.fit(),
                 inputs.vae_tile(),

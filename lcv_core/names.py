@@ -14,6 +14,8 @@ Output = Literal["frames", "latents"]
 Fit = Literal["stretch", "crop", "pad"]
 Posterior = Literal["mode", "sample"]
 Handover = Literal["frames", "official", "latents"]
+# It keeps objects and motion best and shows the seams least: docs/miniature/evaluation.md.
+DEFAULT_HANDOVER: Handover = "latents"
 TimeMapping = Literal["stretch", "exact"]
 Joint = Literal["blend", "cut"]
 TimestepPrecision = Literal["model", "fp32"]

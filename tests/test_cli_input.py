@@ -154,7 +154,8 @@ def test_refine_options(model: Path, options: str, says: str) -> None:
 
 
 def test_long_latents_need_the_latent_handover(model: Path) -> None:
-    assert "--handover latents" in refused("long", "-m", model, "-p", "x", "-o", "a.safetensors")
+    command = ["long", "-m", model, "-p", "x", "--handover", "frames", "-o", "a.safetensors"]
+    assert "--handover latents" in refused(*command)
 
 
 # Files that are read

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from lcv_core.cli.job import InputFile, Job, Lora
 from lcv_core.cli.main import run
+from lcv_core.cli.outputs import read_settings
 from lcv_core.errors import InputError
 from lcv_core.image_io import read_image, write_png
 from lcv_core.video_io import probe_video, read_metadata, read_video, write_video
@@ -175,12 +176,16 @@ def test_a_long_video_has_the_frames_of_its_segments(model: Path, handover: str)
     assert torch.equal(read_video("a.mp4"), read_video("a.mkv"))
     assert len(left_in(Path("frames"))) == 17
     assert left_in(Path()) == {"a.mp4", "a.mkv", "frames"}
+    assert job_in("a.mp4")["handover"] == handover
 
 
 def test_long_latents_have_each_moment_once(model: Path) -> None:
-    command = ["long", "-m", model, "-p", "x", "--segments", 3, "--steps", 1, "--seed", 1, "--handover", "latents"]
+    command = ["long", "-m", model, "-p", "x", "--segments", 3, "--steps", 1, "--seed", 1]
     made(*command, "-o", "a.safetensors")
     assert load_file("a.safetensors")["latents"].shape[2] == 3 + 1 + 1  # 9, 4 and 4 frames
+    assert read_settings(Path("a.safetensors"))["job"]["handover"] == "latents"
+    made(*command, "--handover", "latents", "-o", "named.safetensors")
+    assert Path("named.safetensors").read_bytes() == Path("a.safetensors").read_bytes()
     a = clip(Path("clip.mp4"), 9)
     made(*command, "--clip", a, "-o", "b.safetensors")
     assert load_file("b.safetensors")["latents"].shape[2] == 3 + 1 + 1  # those of the clip's last frames first
@@ -362,7 +367,7 @@ _OTHER: dict[str, Any] = {
     "loras": [Lora("l", 1.0, "a")], "image": InputFile("i", "a"), "clip": InputFile("c", "a"),
     "cond_video": InputFile("v", "a"), "height": 16, "width": 16, "num_frames": 5, "num_cond_frames": 5,
     "num_segments": 2, "num_videos": 2, "num_steps": 3, "guidance_scale": 1.0, "schedule": "distilled",
-    "uniform_tail": False, "kv_cache": False, "handover": "latents", "fit": "pad", "posterior": "sample",
+    "uniform_tail": False, "kv_cache": False, "handover": "frames", "fit": "pad", "posterior": "sample",
     "cfg_scope": "all", "cfg_mode": "batched", "t_thresh": 0.4, "refine_steps": 3, "spatial_only": True,
     "time_mapping": "exact", "joint": "cut", "window": 9, "attention": "bsa", "refine_attention": "dense",
     "dtype": "bf16", "weights": "int8", "timestep_precision": "fp32", "tile": 256,

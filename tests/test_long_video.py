@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FakeTextEncoder, components, make_dit, pictures, text
+from tiny_models import FakeTextEncoder, components, make_dit, make_vae, pictures, text
 from torch import Tensor
 
 from lcv_core.denoise import StepInfo
@@ -25,8 +26,10 @@ from lcv_core.pipelines import (
     long_video_segments,
     text_to_video,
 )
-from lcv_core.pipelines.base import decode_latents
+from lcv_core.pipelines.base import StreamingDecoder, decode_latents
 from lcv_core.pipelines.long_video import segment_generator
+from lcv_core.vae.layers import StreamState
+from lcv_core.vae.tiling import Tiling
 
 F, C = 9, 5  # frames and condition frames of a segment: the tiny model's native job
 HANDOVERS = ["frames", "official", "latents"]
@@ -69,7 +72,7 @@ def test_lengths(c: Components, handover: str, start: str) -> None:
 
 def test_the_segments_are_the_tasks_by_hand(c: Components) -> None:
     """With "frames": text to video, then continuations of the float frames, each with its segment's random numbers."""
-    parts = segments(c)
+    parts = segments(c, handover="frames")
     options = {"text": text(), "num_steps": 2, "guidance_scale": 1.0}
     frames = text_to_video(c, **options, generator=segment_generator(4, 0))[0]
     assert torch.equal(parts[0].frames, frames)
@@ -104,6 +107,90 @@ def test_the_latent_handover_is_one_decode(c: Components, start: str) -> None:
     whole = torch.cat([parts[0].latents, *(p.latents[:, :, 2:] for p in parts[1:])], dim=2)
     frames = decode_latents(c, whole)[0]
     assert torch.equal(joined(parts), frames[C:] if start == "clip" else frames)
+
+
+def test_latents_are_handed_over_where_nothing_is_said(c: Components) -> None:
+    unsaid = segments(c)
+    for handover in HANDOVERS:
+        made = segments(c, handover=handover)
+        assert torch.equal(made[0].latents, unsaid[0].latents)
+        assert torch.equal(made[1].latents, unsaid[1].latents) == (handover == "latents")
+
+
+class WholeVAE:
+    """A VAE as another program's may be: what it decodes it decodes at once. It counts how often."""
+
+    decodes_whole = True
+
+    def __init__(self) -> None:
+        self.vae, self.decoded = make_vae(), 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.vae, name)
+
+    def decode_stream(self, latent: Tensor, state: StreamState) -> Iterator[Tensor]:
+        assert not state
+        self.decoded += 1
+        yield from self.vae.decode_stream(latent, state)
+
+
+@pytest.mark.parametrize("given", [{}, {"handover": "latents"}], ids=["unsaid", "named"])
+def test_a_vae_that_decodes_whole_is_refused_before_anything_is_computed(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = FakeTextEncoder()
+    c = components(vae=WholeVAE(), text_encoder=encoder)
+
+    def never(*_: object, **__: object) -> Tensor:
+        raise AssertionError("it was sampled")
+
+    monkeypatch.setattr(c, "denoise", never)
+    with pytest.raises(InputError, match=r'own VAE .* or the hand-over "frames"'):
+        segments(c, text=["a", "b"], num_segments=None, **given)
+    assert encoder.prompts == []
+
+
+def test_a_vae_that_decodes_whole_serves_one_segment_and_the_other_hand_overs(c: Components) -> None:
+    vae = WholeVAE()
+    whole = components(vae=vae)
+    for options in ({"num_segments": 1}, {"num_segments": 1, "frames": pictures(7)}, {"handover": "frames"}):
+        made, known = segments(whole, **options), segments(c, **options)
+        assert torch.allclose(joined(made), joined(known), atol=1e-6)
+    assert vae.decoded == 1 + 1 + 3
+
+
+def test_the_decoder_is_off_the_device_while_a_segment_is_sampled(
+    c: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    rest, sample, push = StreamingDecoder.rest, Components.denoise, StreamingDecoder.push
+
+    def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given, **named: (seen.append(name), call(*given, **named))[1]
+
+    monkeypatch.setattr(StreamingDecoder, "rest", noted("rest", rest))
+    monkeypatch.setattr(StreamingDecoder, "push", noted("decode", push))
+    monkeypatch.setattr(Components, "denoise", noted("sample", sample))
+    segments(c)
+    assert seen == ["sample", "decode", "rest", "sample", "decode", "rest", "sample", "decode"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("tile", [0, 32])
+def test_the_decoders_state_waits_in_system_memory(tile: int) -> None:
+    c = components(
+        dit=make_dit().cuda(), vae=make_vae().cuda(), tiling=Tiling(tile, tile * 3 // 4) if tile else None
+    )  # fmt: skip
+    latents = torch.randn(1, 16, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole, decoder = decode_latents(c, latents), StreamingDecoder(c)
+    frames = [decoder.push(latents[:, :, :3])]
+    decoder.rest()
+    states = [decoder._state, *(each.state for each in decoder._tiles)]
+    assert {tensor.device.type for state in states for tensor in state.values()} == {"cpu"}
+    frames.append(decoder.push(latents[:, :, 3:]))
+    assert {tensor.device.type for state in states for tensor in state.values()} == {"cuda"}
+    assert torch.equal(torch.cat(frames, dim=1), whole)
 
 
 def test_an_image_starts_as_image_to_video_does(c: Components) -> None:

@@ -22,10 +22,11 @@ from lcv_core.pipelines.base import StreamingDecoder
 from lcv_core.planning import Job
 from lcv_core.planning.choose import Planner
 from lcv_core.planning.machine import Machine, Speed
-from lcv_core.planning.plan import Models
+from lcv_core.planning.plan import Models, Stage
 from lcv_core.planning.settings import Settings
+from lcv_core.planning.sparse import Device
 from lcv_core.text.encoder import TextStates
-from lcv_core.vae.model import WanVAE
+from lcv_core.vae.model import WanVAE, decoder_reach
 from lcv_core.vae.tiling import Tiling
 
 CPU = Machine("CPU", "cpu", 10**12, 10**12, Speed(1e12, 1e10, 1e10))
@@ -84,6 +85,39 @@ def test_decoding(dit: LongCatDiT, tile: int) -> None:
             pass
     stage = planner(replace(HALF, height=96, width=96, num_frames=9, vae_tile=tile)).plan(Settings(tile=tile))
     assert_within_a_tenth(stage.stage("VAE decode").besides_weights, live.peak)
+
+
+@pytest.mark.parametrize("tile", [0, 64])
+def test_a_decoder_that_waits_for_the_next_segment(dit: LongCatDiT, tile: int) -> None:
+    """Its state to the byte, and the latents from which it could be made anew."""
+    vae = WanVAE(device="meta", dtype=torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
+    for tensor in vae.parameters():
+        tensor.data.zero_()
+    decoder = StreamingDecoder(Components(dit=dit, vae=vae, tiling=Tiling(tile, tile * 3 // 4) if tile else None))
+    decoder.skip(torch.zeros(1, 16, 40, 12, 12))
+    decoder._seen[2:] = []  # their number is counted; two are enough for a state
+    decoder.push(torch.zeros(1, 16, 1, 12, 12))
+    states = [decoder._state, *(each.state for each in decoder._tiles)]
+    alive = sum(tensor.nbytes for state in states for tensor in state.values())
+    alive += decoder_reach(vae.config) * decoder._seen[0].nbytes
+    job = replace(HALF, height=96, width=96, num_frames=17, num_cond_frames=5, encoded_frames=0, vae_tile=tile)
+
+    def sampling(device: Device, *, waits: bool) -> Stage:
+        on = replace(job, device=device, decoder_waits=waits)
+        return planner(on, machine=CARD if device == "gpu" else CPU).plan(Settings(tile=tile)).stage("sampling")
+
+    here, there = (
+        (sampling(device, waits=True), sampling(device, waits=False)) for device in ("cpu", "gpu")
+    )  # fmt: skip
+    assert (here[0].total - here[1].total, here[0].ram - here[1].ram) == (alive, 0)
+    assert (there[0].total - there[1].total, there[0].ram - there[1].ram) == (0, alive)
+
+
+def test_the_state_of_the_released_decoder_is_kept_off_the_device() -> None:
+    job = replace(HALF, device="gpu", num_cond_frames=13, encoded_frames=0, decoder_waits=True)
+    plan = planner(job, depth=48, machine=CARD).plan(Settings())
+    assert [stage.name for stage in plan.stages] == ["text encode", "sampling", "VAE decode"]
+    assert plan.stage("sampling").ram == 1_888_573_440 + 38 * 16 * 60 * 104 * 4
 
 
 @pytest.mark.parametrize("depth", [1, 3])

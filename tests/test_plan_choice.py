@@ -9,6 +9,7 @@ import torch
 from tiny_models import DIT, VAE
 
 from lcv_core.cli.fit import Known, make_planner
+from lcv_core.cli.job import InputFile
 from lcv_core.cli.job import Job as CliJob
 from lcv_core.config import BSAConfig, DiTConfig, TextConfig, VAEConfig
 from lcv_core.errors import InputError
@@ -215,6 +216,13 @@ def test_the_command_lines_jobs() -> None:
     assert shape(task="i2v").num_cond_frames == 1
     assert shape(task="continue").num_cond_frames == 13
     assert shape(attention="bsa").bsa == BSAConfig()
+    long = shape(task="long", num_segments=2)
+    assert (long.num_cond_frames, long.encoded_frames, long.decoder_waits) == (13, 0, True)
+    assert shape(task="long", num_segments=2, image=InputFile("i", "")).encoded_frames == 1
+    clip = shape(task="long", num_segments=1, clip=InputFile("c", ""))
+    assert (clip.num_cond_frames, clip.encoded_frames, clip.decoder_waits) == (13, 13, False)
+    frames = shape(task="long", num_segments=2, handover="frames")
+    assert (frames.num_cond_frames, frames.encoded_frames, frames.decoder_waits) == (13, None, False)
     refined = shape(task="refine")
     assert refined.refine_only and refined.keeps_frames
     assert refined.refine is not None

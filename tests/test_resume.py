@@ -409,6 +409,30 @@ def test_the_segments_of_another_job_are_refused_and_kept(model: Path, stop: Sto
     assert left_in(Path()) == {"a.mp4"}
 
 
+@pytest.mark.parametrize("memory", ["auto", "given"])
+def test_what_was_begun_with_another_hand_over_goes_on_with_it(model: Path, stop: Stop, memory: str) -> None:
+    """As a run that was interrupted when another one was the default."""
+    command = ["long", "-p", "v", "-p", "w", "--steps", 2, "--no-uniform-tail", "-m", model, "--memory", memory]
+    begun = [*command, "--handover", "frames", "--seed", 9]
+    stop(_Segments, "on_step", in_segment(1), KeyboardInterrupt(), *begun, "-o", "a.mp4")
+    named = refused(*command, "--seed", 9, "--handover", "latents", "-o", "a.mp4")
+    assert "a.mp4.segments holds the segments of a job with other settings" in named
+    err = made(*command, "-o", "a.mp4").err  # of any seed
+    assert "going on with --handover frames, as it was begun" in err and "going on after segment 1 of 2" in err
+    assert left_in(Path()) == {"a.mp4"}
+    made(*begun, "-o", "whole.mp4")
+    assert contents("a.mp4") == contents("whole.mp4")
+
+
+def test_what_was_begun_waits_where_the_default_output_is(model: Path, stop: Stop) -> None:
+    command = ["long", "-p", "v", "-p", "w", "--steps", 2, "--no-uniform-tail", "--seed", 9, "-m", model]
+    stop(_Segments, "on_step", in_segment(1), KeyboardInterrupt(), *command, "--handover", "official")
+    assert "going on with --handover official, as it was begun" in made(*command).err
+    made(*command)
+    found = [(read_metadata(path) or {})["job"]["handover"] for path in sorted(Path("outputs").iterdir())]
+    assert found == ["official", "latents"]
+
+
 def test_a_folder_of_the_users_is_never_taken_for_segments(model: Path) -> None:
     Path("a.mp4.segments").mkdir()
     Path("a.mp4.segments/holiday.txt").write_text("mine")

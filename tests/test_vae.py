@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,10 +14,11 @@ from tiny_models import components, make_vae, randn
 from torch import Tensor, nn
 
 from lcv_core import layers
+from lcv_core.config import VAEConfig
 from lcv_core.errors import InputError
 from lcv_core.pipelines.base import StreamingDecoder, decode_latents, pick_posterior
 from lcv_core.vae.layers import RMSNorm, StreamState
-from lcv_core.vae.model import WanVAE, frame_chunks, split_moments
+from lcv_core.vae.model import WanVAE, decoder_reach, frame_chunks, split_moments
 from lcv_core.vae.tiling import Tile, Tiling, blend_weights, decode_stream_tiled, decode_tiled, encode_tiled
 
 
@@ -279,6 +281,35 @@ def test_the_streams_state_does_not_grow(vae: WanVAE) -> None:
     assert state_bytes(state) == sum(history.nbytes for history in state.values())  # no view of a whole chunk
 
 
+@pytest.mark.parametrize("num_res_blocks", [1, 2])
+def test_how_far_back_the_decoder_reaches(num_res_blocks: int) -> None:
+    """From so many latent frames it has the state of the whole stream, bit for bit; from one less it has not."""
+    vae = make_vae(torch.float64, config=VAEConfig(base_dim=4, num_res_blocks=num_res_blocks))
+    reach = decoder_reach(vae.config)
+    frames = list(latent(reach + 5, 1, 1).double().split(1, dim=2))
+
+    def after(start: int) -> tuple[StreamState, Tensor]:
+        state: StreamState = {}
+        for frame in frames[start:-1]:
+            vae.decode_step(frame, state)
+        before = dict(state)
+        return before, vae.decode_step(frames[-1], state)
+
+    state, pixels = after(0)
+    start = len(frames) - 1 - reach
+    same_state, same_pixels = after(start)
+    assert torch.equal(pixels, same_pixels)
+    assert state.keys() == same_state.keys()
+    assert all(torch.equal(state[layer], same_state[layer]) for layer in state)
+    other, _ = after(start + 1)
+    assert not all(torch.equal(state[layer], other[layer]) for layer in state)
+
+
+def test_the_reach_of_the_released_decoder() -> None:
+    """22 and 2 frames at the rate of the latents, 12 and 2 at twice it, 26 at four times."""
+    assert decoder_reach(VAEConfig()) == 38 == math.ceil(24 + 14 / 2 + 26 / 4)
+
+
 def test_the_encoders_state_does_not_grow(vae: WanVAE) -> None:
     state: StreamState = {}
     sizes = []
@@ -381,6 +412,32 @@ def test_pushing_pieces_is_decoding_whole(tiling: Tiling | None, cuts: list[int]
     pieces = [decoder.push(part) for part in z.tensor_split(cuts, dim=2)]
     assert torch.equal(torch.cat(pieces, dim=1), whole)
     assert torch.equal(torch.cat(list(StreamingDecoder(c).stream(z)), dim=1), whole)
+
+
+@pytest.mark.parametrize("tiling", [None, Tiling(16, 8)])
+@pytest.mark.parametrize("cuts", [(3, 7), (30, 3)], ids=["few", "many"])
+def test_behind_latents_that_are_skipped_frames_are_those_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, tiling: Tiling | None, cuts: tuple[int, int]
+) -> None:
+    """And of those that are skipped only as many are decoded as the decoder reaches back to."""
+    c = components(vae=make_vae(config=VAEConfig(base_dim=4, num_res_blocks=1)), tiling=tiling)
+    vae = c.need_vae()
+    begun, skipped = cuts
+    latents = latent(begun + skipped + 2, 3, 2)
+    whole = decode_latents(c, latents)
+    decoder = StreamingDecoder(c)
+    first = decoder.push(latents[:, :, :begun])
+    steps: list[None] = []
+    step = vae.decode_step
+    monkeypatch.setattr(vae, "decode_step", lambda *given: (steps.append(None), step(*given))[1])
+    decoder.skip(latents[:, :, begun : begun + skipped])
+    assert not steps
+    rest = decoder.push(latents[:, :, begun + skipped :])
+    assert torch.equal(first, whole[:, : first.shape[1]])
+    assert torch.equal(rest, whole[:, -rest.shape[1] :])
+    assert rest.shape[1] == 8
+    decoded = min(begun + skipped, decoder_reach(vae.config)) + 2
+    assert len(steps) == decoded * (2 if tiling else 1)
 
 
 def test_tiles_of_the_callers_go_on(vae: WanVAE) -> None:

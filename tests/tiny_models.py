@@ -41,9 +41,9 @@ def make_dit(dtype: torch.dtype = torch.float32, *, operations: Any = None, **ch
     return dit.to(dtype).eval().requires_grad_(False)
 
 
-def make_vae(dtype: torch.dtype = torch.float32, *, operations: Any = None) -> WanVAE:
+def make_vae(dtype: torch.dtype = torch.float32, *, operations: Any = None, config: VAEConfig = VAE) -> WanVAE:
     """Random weights that give pixels of moderate size, few of them clamped."""
-    vae = WanVAE(VAE, operations=operations)
+    vae = WanVAE(config, operations=operations)
     g = seeded(2)
     with torch.no_grad():
         for name, p in vae.named_parameters():

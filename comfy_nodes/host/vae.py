@@ -140,10 +140,7 @@ class StockVAE:
     def decode_stream(self, latent: Tensor | Iterable[Tensor], state: StreamState | None = None) -> Iterator[Tensor]:
         """As `WanVAE.decode_stream`, in one piece. InputError where a clip is to be decoded in several."""
         if state:
-            raise InputError(
-                'this VAE cannot decode a video in several pieces, which the hand-over "latents" needs; use the'
-                ' LongCat-Video Loader\'s VAE, or the hand-over "frames"'
-            )
+            raise InputError("this VAE cannot decode a video in several pieces; decode it whole")
         whole = latent if isinstance(latent, Tensor) else torch.cat(list(latent), dim=2)
         if state is not None:
             state[_DECODED] = whole[:, :, :1]

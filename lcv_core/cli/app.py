@@ -34,7 +34,7 @@ from lcv_core.cli.options import (
 from lcv_core.cli.train import list_recipes, train
 from lcv_core.errors import InputError
 from lcv_core.miniature import MINIATURE
-from lcv_core.names import Handover, Joint, RefineAttention, Streaming, Task
+from lcv_core.names import DEFAULT_HANDOVER, Handover, Joint, RefineAttention, Streaming, Task
 
 app = typer.Typer(
     name="lcv",
@@ -54,7 +54,14 @@ Prompts = Annotated[
 Image = Annotated[Path | None, option("--image", "-i", panel=CONDITION, help="Picture file: any mode, EXIF honoured.")]
 NumVideos = Annotated[int, option("--num-videos", panel=SAMPLING, min=1, help="Videos per prompt, seeds counting up.")]
 Clip = Annotated[Path, typer.Argument(help="Video file: anything FFmpeg reads, at any frame rate.")]
-
+HandoverOption = Annotated[
+    Handover | None,
+    option(
+        "--handover", panel=SAMPLING,
+        help="What a segment sees of the one before: its latents; its frames, encoded again; official: those through 8"
+        f" bits. Default: {DEFAULT_HANDOVER}, or what unfinished work began with.",
+    ),
+]  # fmt: skip
 
 RANDOM = -1  # the seed of a job whose seed was not named
 
@@ -137,18 +144,16 @@ def long(
     ] = None,
     image: Image = None,
     clip: Annotated[Path | None, option("--clip", "-c", panel=CONDITION, help="Start by continuing this clip.")] = None,
-    handover: Annotated[
-        Handover, option("--handover", panel=SAMPLING, help="What a segment sees of the one before.")
-    ] = "frames",
+    handover: HandoverOption = None,
 ) -> None:  # fmt: skip
     """Make a long video by segments, with one prompt or one each. A killed run goes on where it stopped."""
     if image is not None and clip is not None:
         raise InputError("start a long video from --image or from --clip, not both")
     job = _job(
         "long", model, machine, output, sampling, condition, cont, prompts=_prompts(prompt), num_segments=segments,
-        image=image, clip=clip, handover=handover,
+        image=image, clip=clip, handover=handover or DEFAULT_HANDOVER,
     )  # fmt: skip
-    _run(job, output, machine, sampling)
+    _run(job, output, machine, sampling, unnamed=frozenset() if handover else frozenset({"handover"}))
 
 
 @app.command(epilog=example("lcv refine clip.mp4 -m MODEL -o clip-720p.mp4",
@@ -256,6 +261,7 @@ def plan(
     json: Annotated[bool, option("--json", panel=PLAN, help="For programs.")] = False,
     num_videos: NumVideos = 1,
     segments: Annotated[int, option("--segments", "-s", panel=SAMPLING, min=1, help="Of a long video.")] = 1,
+    handover: Annotated[Handover, option("--handover", panel=SAMPLING, help="Of a long video.")] = DEFAULT_HANDOVER,
     window: Annotated[int | None, option("--window", panel=SAMPLING, min=5, help="Frames refined at a time.")] = None,
     refine_steps: Annotated[
         int | None, option("--refine-steps", panel=SAMPLING, min=1, help="Refine steps; 5 as released.")
@@ -272,7 +278,7 @@ def plan(
     """
     job = _job(
         task, model, machine, OutputOptions(), sampling, None, cont, prompts=[""], num_videos=num_videos,
-        num_segments=segments, window=window, refine_steps=refine_steps, spatial_only=spatial_only,
+        num_segments=segments, handover=handover, window=window, refine_steps=refine_steps, spatial_only=spatial_only,
         refine_attention=attention_pattern, seed=0,
     )  # fmt: skip
     job.check()
@@ -397,8 +403,11 @@ def _lora(text: str) -> Lora:
     return Lora(path, value, file_hash(Path(path)))
 
 
-def _run(job: Job, output: Any, machine: Any, sampling: Any = None, **own: Any) -> None:
-    """Carry out a job with the options it was asked for with; `own` are settings that a command names itself."""
+def _run(
+    job: Job, output: Any, machine: Any, sampling: Any = None, *, unnamed: frozenset[str] = frozenset(), **own: Any
+) -> None:  # fmt: skip
+    """Carry out a job with the options it was asked for with; `own` are settings that a command names itself, unnamed
+    those that unfinished work may have otherwise."""
     from lcv_core.cli.outputs import check_place
 
     any_seed = job.seed == RANDOM
@@ -413,7 +422,7 @@ def _run(job: Job, output: Any, machine: Any, sampling: Any = None, **own: Any) 
     named = named_settings(machine, sampling) | own
     free = None if machine.memory == "given" else frozenset(AUTO) - {k for k, v in named.items() if v is not None}
     place = output.output, output.overwrite, machine.device
-    _start(Request(job, *place, any_seed=any_seed, text_cache=machine.text_cache, free=free))
+    _start(Request(job, *place, any_seed=any_seed, text_cache=machine.text_cache, free=free, unnamed=unnamed))
 
 
 def _start(request: Any) -> None:

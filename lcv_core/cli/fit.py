@@ -102,7 +102,16 @@ def _shape(job: Job, known: Known, source: tuple[int, int] | None, frames: int |
     return {
         "height": job.height or own[0], "width": job.width or own[1], "num_frames": job.num_frames or native.num_frames,
         "num_cond_frames": given, "guidance": job.cfg_mode if scale > 1.0 else "off", "schedule": job.schedule,
+        **_handed_over(job, given),
     }  # fmt: skip
+
+
+def _handed_over(job: Job, given: int) -> dict[str, Any]:
+    """Where segments hand over latents, only what the first starts from is encoded."""
+    if job.task != "long" or job.handover != "latents":
+        return {}
+    first = given if job.clip is not None else 0 if job.image is None else 1
+    return {"encoded_frames": first, "decoder_waits": job.segments > 1}
 
 
 def _refined(job: Job, known: Known, source: tuple[int, int], frames: int | None) -> dict[str, Any]:

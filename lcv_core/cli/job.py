@@ -18,6 +18,7 @@ from lcv_core import __version__
 from lcv_core.errors import InputError
 from lcv_core.files import require_file
 from lcv_core.names import (
+    DEFAULT_HANDOVER,
     CachePlace,
     CacheStorage,
     CfgMode,
@@ -130,7 +131,7 @@ class Job:
     schedule: Schedule = "base"
     uniform_tail: bool = True
     kv_cache: bool = True
-    handover: Handover = "frames"
+    handover: Handover = DEFAULT_HANDOVER
     keep: Keep = "all"
     fit: Fit = "crop"
     posterior: Posterior = "mode"

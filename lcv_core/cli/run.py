@@ -76,7 +76,8 @@ class Request:
     output: None takes the next free name. any_seed: the user named no seed, so unfinished work of any may be finished.
     made_by: the file the job was read from, whose weights it needs. text_cache: a folder for the states of prompts.
     free: fields of the job that the plan may choose, and change where memory runs out; None: it chooses nothing, and
-    running out of memory is an error.
+    running out of memory is an error. unnamed: fields that the user left at their default; unfinished work goes on with
+    what it began with, though the default has changed since.
     """
 
     job: Job
@@ -87,6 +88,7 @@ class Request:
     made_by: Path | None = None
     text_cache: Path | None = None
     free: frozenset[str] | None = None
+    unnamed: frozenset[str] = frozenset()
 
 
 def carry_out(request: Request, reporter: Reporter) -> None:
@@ -101,11 +103,12 @@ def carry_out(request: Request, reporter: Reporter) -> None:
         job = with_hashes(job, checkpoint)
     else:
         check_hashes(job, checkpoint, request.made_by)
-    free = request.free or frozenset()
+    free = (request.free or frozenset()) | request.unnamed
     path = request.output or next_free(job, any_seed=request.any_seed, free=free)
     path = check_place(path, job)
     if request.any_seed and (seed := unfinished_seed(job, path, free)) is not None:
         job = dataclasses.replace(job, seed=seed)
+    job = _as_begun(job, path, free, request.unnamed, reporter)
     job, memory = _fitted(job, checkpoint, request, path, reporter)
     todo = check_free(job, path, overwrite=request.overwrite)
     doubled = job.task == "refine" and not job.spatial_only
@@ -123,6 +126,21 @@ def carry_out(request: Request, reporter: Reporter) -> None:
                 _run_clips(session, target, sorted(todo), stack)
     except KeyboardInterrupt:
         raise Stopped(_kept(job, target)) from None
+
+
+def _as_begun(
+    job: Job, path: Path, free: frozenset[str], unnamed: frozenset[str], reporter: Reporter
+) -> Job:  # fmt: skip
+    """The job with what unfinished work of it at its path has in the fields that the user did not name."""
+    begun = unfinished_job(job, path, free) if unnamed else None
+    if begun is None:
+        return job
+    for name in sorted(unnamed):
+        value = getattr(begun, name)
+        if value != getattr(job, name):
+            reporter.say(f"going on with --{name} {value}, as it was begun")
+            job = dataclasses.replace(job, **{name: value})
+    return job
 
 
 def _fitted(

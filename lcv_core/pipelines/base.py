@@ -24,7 +24,7 @@ from lcv_core.pipelines.memory import Memory
 from lcv_core.shapes import REFINE_MULTIPLE, TIME_FACTOR, bucket, check_size, latent_shape, size_for_area
 from lcv_core.text.encoder import TextStates
 from lcv_core.vae.layers import StreamState
-from lcv_core.vae.model import WanVAE
+from lcv_core.vae.model import WanVAE, decoder_reach
 from lcv_core.vae.tiling import Tile, Tiling, decode_stream_tiled, encode_tiled
 from lcv_core.weights.lora import load_lora
 
@@ -290,7 +290,7 @@ def pick_posterior(mean: Tensor, logvar: Tensor, posterior: Posterior, generator
 class StreamingDecoder:
     """Decodes one video in any number of pieces; the result is that of decoding it whole.
 
-    Where memory runs out it goes on with other tiles. The state of those is made of the latents so far, which are
+    Where memory runs out it goes on with other tiles. The state of those is made of the last latents, which are
     decoded by them once more; the frames that were handed out stay as they are.
     """
 
@@ -299,38 +299,60 @@ class StreamingDecoder:
         self._state: StreamState = {}
         self._tiles: list[Tile] = []
         self._tiling = c.tiling
-        self._between = False
-        self._seen: list[Tensor] = []  # latents whose frames were handed out, where they may be needed again
+        self._stale = False  # the state is to be made anew
+        self._count = 0  # latent frames so far
+        self._seen: list[Tensor] = []  # the last of them, as many as a state depends on
 
     def stream(self, latents: Tensor) -> Iterator[Tensor]:
         """The next normalised latents [B, C, n, h, w] -> fp32 frames [B, 1 then 4, H, W, 3] in [0, 1] for each; all
         at once from a VAE that `decodes_whole`."""
-        whole = getattr(self.c.need_vae(), "decodes_whole", False)
+        vae = self.c.need_vae()
+        whole = getattr(vae, "decodes_whole", False)
         for latent in (latents,) if whole else latents.split(1, dim=2):
             yield with_less(self.c, "VAE decode", partial(self._next, latent), self._where)
-            if self.c.memory is not None:
-                self._seen.append(latent.cpu())
+            self._remember(latent, decoder_reach(vae.config))
+
+    def skip(self, latents: Tensor) -> None:
+        """Go on behind these latents [B, C, n, h, w], whose frames nobody wants. That decodes the last of them alone,
+        and not before a next latent comes."""
+        self._remember(latents, decoder_reach(self.c.need_vae().config))
+        self._stale = True
+
+    def rest(self) -> None:
+        """Put the state into system memory until the next latent comes: it takes 2 GB at 480x832 in half precision."""
+        self._move(torch.device("cpu"))
+
+    def _remember(self, latents: Tensor, reach: int) -> None:
+        self._count += latents.shape[2]
+        self._seen += [latent.to("cpu", copy=True) for latent in latents[:, :, -reach:].split(1, dim=2)]
+        del self._seen[:-reach]
+
+    def _move(self, device: torch.device) -> None:
+        for state in (self._state, *(tile.state for tile in self._tiles)):
+            for layer in state:
+                state[layer] = state[layer].to(device)  # one by one: never all of it twice
 
     def _where(self) -> str:
-        return f"at latent frame {len(self._seen) + 1}"
+        return f"at latent frame {self._count + 1}"
 
     def _next(self, latent: Tensor) -> Tensor:
         """The frames of the next latent. While it is decoded the state is neither the old one nor the new one."""
-        if self._between or self._tiling != self.c.tiling:
+        if self._stale or self._tiling != self.c.tiling:
             self._start_again()
-        self._between = True
+        self._stale = True
         frames = self._decode(latent)
-        self._between = False
+        self._stale = False
         return frames
 
     def _start_again(self) -> None:
-        """The state after the latents so far, with the tiles of now."""
+        """The state after the latents so far, with the tiles of now: earlier ones than those kept are not in it."""
         self._state, self._tiles, self._tiling = {}, [], self.c.tiling
         for latent in self._seen:
             self._decode(latent)
 
     def _decode(self, latent: Tensor) -> Tensor:
         vae = self.c.need_vae()
+        self._move(vae.device)
         frame = vae.denormalize(latent.float())
         if self._tiling:
             pieces = decode_stream_tiled(vae, frame, self._tiling, self._tiles)
@@ -340,7 +362,7 @@ class StreamingDecoder:
 
     def push(self, latents: Tensor) -> Tensor:
         """The frames [B, F, H, W, 3] of the next latents, all at once."""
-        first = 1 if not (self._state or self._tiles) else TIME_FACTOR
+        first = TIME_FACTOR if self._count else 1
         total = first + TIME_FACTOR * (latents.shape[2] - 1)
         out: Tensor | None = None
         done = 0
@@ -351,6 +373,15 @@ class StreamingDecoder:
             done += frames.shape[1]
         assert out is not None
         return out
+
+
+def check_decodes_pieces(c: Components) -> None:
+    """InputError where the VAE `decodes_whole`: several segments that hand over latents are one video in pieces."""
+    if getattr(c.need_vae(), "decodes_whole", False):
+        raise InputError(
+            'this VAE cannot decode a video in several pieces, which the hand-over "latents" needs; use the'
+            " checkpoint's own VAE (in ComfyUI the LongCat-Video Loader's), or the hand-over \"frames\""
+        )
 
 
 def decode_latents(c: Components, latents: Tensor) -> Tensor:

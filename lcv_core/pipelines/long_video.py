@@ -13,7 +13,17 @@ from torch import Tensor
 from lcv_core.denoise import OnStep, Progress, StepInfo
 from lcv_core.errors import InputError
 from lcv_core.image_io import as_frames
-from lcv_core.names import CfgMode, CfgScope, Fit, Handover, Output, Posterior, Schedule, check_name
+from lcv_core.names import (
+    DEFAULT_HANDOVER,
+    CfgMode,
+    CfgScope,
+    Fit,
+    Handover,
+    Output,
+    Posterior,
+    Schedule,
+    check_name,
+)
 from lcv_core.partial import SegmentStore
 from lcv_core.pipelines.base import (
     WHOLE,
@@ -22,6 +32,7 @@ from lcv_core.pipelines.base import (
     Run,
     StreamingDecoder,
     Text,
+    check_decodes_pieces,
     decode_latents,
     encode_frames,
     encode_text,
@@ -91,18 +102,23 @@ class _LatentHandover:
         self.tail: Tensor | None = None
 
     def finish(self, latents: Tensor, num_cond_latents: int) -> Tensor:
+        first = self.tail is None
+        frames = self.decoder.push(self._next(latents, num_cond_latents))[0]
         # A clip that is continued starts the stream with its own latents; its frames are not new.
-        started, first = self.tail is not None, num_cond_latents
-        self.tail = latents[:, :, -self.count :].clone()
-        if started or not first:
-            return self.decoder.push(latents[:, :, first:])[0]
-        return self.decoder.push(latents)[0][1 + 4 * (first - 1) :]
+        return frames[1 + 4 * (num_cond_latents - 1) :] if first and num_cond_latents else frames
 
     def skip(self, latents: Tensor, num_cond_latents: int, *, last: bool) -> None:
-        self.finish(latents, num_cond_latents)  # the decoder's state has to pass through every segment
+        self.decoder.skip(self._next(latents, num_cond_latents))
+
+    def _next(self, latents: Tensor, num_cond_latents: int) -> Tensor:
+        """The latents of a segment that are next in the stream."""
+        first = self.tail is None
+        self.tail = latents[:, :, -self.count :].clone()
+        return latents if first else latents[:, :, num_cond_latents:]
 
     def condition(self, posterior: Posterior, generator: torch.Generator) -> Tensor:
         assert self.tail is not None
+        self.decoder.rest()  # what follows is sampling
         return self.tail
 
 
@@ -123,7 +139,7 @@ def long_video_segments(
     schedule: Schedule = "base",
     uniform_tail: bool = True,
     use_kv_cache: bool = True,
-    handover: Handover = "frames",
+    handover: Handover = DEFAULT_HANDOVER,
     seed: int = 0,
     fit: Fit = "stretch",
     posterior: Posterior = "mode",
@@ -142,7 +158,9 @@ def long_video_segments(
         frames are not part of the result.
     num_frames, num_cond_frames: of one segment, as in `continue_video`; each segment after the first adds
         num_frames - num_cond_frames frames.
-    handover: what the next segment sees of this one: "frames", "official" or "latents" (see the classes above).
+    handover: what the next segment sees of this one: "latents", its last latents as they are; "frames", its decoded
+        frames, encoded again; "official", the same through 8 bits. With several segments "latents" needs a VAE that
+        decodes a video in pieces, as a checkpoint's own does.
     store: keeps finished segments; those in it are not computed again. done: segments whose frames the caller has
         already; they are not yielded again.
     on_step: called with the segment's index and the StepInfo.
@@ -209,13 +227,13 @@ class _LongJob:
         available = self.num_frames if self.clip is None else self.clip.shape[0]
         check_cond_frames(self.num_cond_frames, self.num_frames, available)
         self.size = self._size(height, width)
-        self.text = encode_text(c, text)
-        self.total = self.text.batch if num_segments is None else num_segments
+        self.total = _num_prompts(text) if num_segments is None else num_segments
         if self.total < 1:
             raise InputError(f"num_segments must be at least 1, got {self.total}")
+        self.handover = self._make_handover(handover)
+        self.text = encode_text(c, text)
         _check_per_segment(self.text, self.total, "prompts")
         self.negative = self._negative(negative_text)
-        self.handover = self._make_handover(handover)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         native = self.c.native
@@ -237,6 +255,8 @@ class _LongJob:
     def _make_handover(self, name: Handover) -> _FrameHandover | _LatentHandover:
         check_name("handover", name, Handover)
         if name == "latents":
+            if self.total > 1:
+                check_decodes_pieces(self.c)
             return _LatentHandover(self.c, self.num_cond_frames)
         return _FrameHandover(self.c, self.num_cond_frames, quantise=name == "official")
 
@@ -291,6 +311,13 @@ class _LongJob:
             pixels = prepare_frames(self.clip[-self.num_cond_frames :], *self.size, self.fit)
             return encode_frames(self.c, pixels, posterior=self.posterior, generator=generator)
         return self.handover.condition(self.posterior, generator)
+
+
+def _num_prompts(text: Text) -> int:
+    """Told before a text encoder is loaded."""
+    if isinstance(text, TextStates):
+        return text.batch
+    return 1 if isinstance(text, str) else len(text)
 
 
 def _check_per_segment(states: TextStates, total: int, what: str) -> None:

@@ -11,7 +11,7 @@ from lcv_core.errors import InputError
 from lcv_core.names import CachePlace, CacheStorage, CfgMode, Schedule, Streaming, check_name
 from lcv_core.planning.sparse import Device, SparseKernels, sparse_kernels
 from lcv_core.refinement import RefinePlan, frames_after, plan_refine
-from lcv_core.shapes import check_cond_frames, check_frames, check_size
+from lcv_core.shapes import check_cond_frames, check_frames, check_size, num_latents
 from lcv_core.vae.tiling import Tiling
 
 WeightDtype = Literal[
@@ -82,6 +82,9 @@ class Job:
     together: transformer and VAE stay on the device side by side, and clips come and go frame by frame, as in
         `lcv_core.pipelines`; else each part has the device to itself and is given whole clips, as in ComfyUI.
     refine_only: the clip is given, and only refined. keeps_frames: a finished clip is in system memory as a whole.
+    encoded_frames: of the given frames those that the VAE encodes; None: all. The others are handed over as latents.
+    decoder_waits: the clip is one of several that are decoded as one video; the decoder's state is in system memory
+        while the next one is sampled.
     vae_tile: pixels, a multiple of 32; 0 decodes and encodes whole frames.
     Raises InputError for sizes and counts that no pipeline takes.
     """
@@ -115,12 +118,16 @@ class Job:
     together: bool = False
     refine_only: bool = False
     keeps_frames: bool = False
+    encoded_frames: int | None = None
+    decoder_waits: bool = False
 
     def __post_init__(self) -> None:
         check_size(self.height, self.width)
         check_frames(self.num_frames)
         if self.num_cond_frames:
             check_cond_frames(self.num_cond_frames, self.num_frames, self.num_cond_frames)
+        if self.encoded_frames:
+            check_frames(self.encoded_frames)
         if not 1 <= self.conditions <= self.batch_size:
             raise InputError(f"conditions must be 1..{self.batch_size} (batch_size), got {self.conditions}")
         if self.guidance != "off":
@@ -135,6 +142,12 @@ class Job:
         check_name("cache_place", self.cache_place, CachePlace)
         check_name("stream", self.stream, Streaming)
         self.tiling  # noqa: B018  (validates)
+
+    @property
+    def encoded_latents(self) -> int:
+        """Latent frames that the VAE encodes before sampling."""
+        frames = self.num_cond_frames if self.encoded_frames is None else self.encoded_frames
+        return num_latents(frames) if frames else 0
 
     @property
     def tiling(self) -> Tiling | None:

@@ -19,8 +19,9 @@ from lcv_core.planning.transformer import (
     matrix_rows,
     outer_parameters,
 )
-from lcv_core.planning.vae import decode_bytes, encode_bytes, vae_parameters
+from lcv_core.planning.vae import decode_bytes, decoder_state_bytes, encode_bytes, vae_parameters
 from lcv_core.shapes import SPACE_FACTOR, latent_shape, num_latents, num_pixel_frames
+from lcv_core.vae.model import decoder_reach
 
 _GAPS = 64 * 256  # bytes: of the alignment of up to 64 tensors in one buffer (offload.layout)
 _STAGED = 2  # blocks in system memory on their way from disk: one that is read, one that is copied
@@ -166,14 +167,15 @@ def _text_stage(models: Models, job: Job) -> Stage:
 def _clip_stages(models: Models, job: Job) -> Iterator[Stage]:
     _, T, h, w = latent_shape(job.num_frames, job.height, job.width)
     n_c = num_latents(job.num_cond_frames) if job.num_cond_frames else 0
-    if n_c:
-        yield _encode_stage(models, job, "VAE encode", (n_c, h, w), job.conditions)
+    if job.encoded_latents:
+        yield _encode_stage(models, job, "VAE encode", (job.encoded_latents, h, w), job.conditions)
     run = Sampling(
         (T, h, w), batch=job.samples, num_cond_latents=n_c, conditions=job.conditions, bsa=job.bsa,
         itemsize=ITEMSIZE[job.compute_dtype], weight_copies=job.copies, device=job.device, cached=job.kv_cache,
         cache_storage=job.cache_storage, cache_place=job.cache_place, sparse=job.sparse_kernels,
     )  # fmt: skip
-    yield _sampling_stage(models, job, "sampling", run, "distill" if job.schedule == "distilled" else None)
+    stage = _sampling_stage(models, job, "sampling", run, "distill" if job.schedule == "distilled" else None)
+    yield _with_decoder(models, job, stage, (h, w)) if job.decoder_waits else stage
     yield _decode_stage(models, job, "VAE decode", (T, h, w), job.batch_size)
 
 
@@ -209,6 +211,19 @@ def _sampling_stage(models: Models, job: Job, name: str, run: Sampling, adapter:
     return Stage(name, weights, run.activations(models.dit), run.kv_cache(models.dit), ram)
 
 
+def _with_decoder(models: Models, job: Job, stage: Stage, size: tuple[int, int]) -> Stage:
+    """And what waits for the clip's latents meanwhile: the decoder's state, and the latents it can be made of anew."""
+    state = decoder_state_bytes(models.vae, size, itemsize=ITEMSIZE[job.vae_dtype], tiling=job.tiling)
+    waits = job.batch_size * (state + _seen_bytes(models.vae, decoder_reach(models.vae), size))
+    if job.device == "cpu":
+        return replace(stage, activations=stage.activations + waits)
+    return replace(stage, ram=stage.ram + waits)
+
+
+def _seen_bytes(vae: VAEConfig, frames: int, size: tuple[int, int]) -> int:
+    return vae.z_dim * frames * math.prod(size) * FP32
+
+
 def _encode_stage(models: Models, job: Job, name: str, latents: tuple[int, int, int], batch: int) -> Stage:
     alive = encode_bytes(models.vae, latents, batch=batch, itemsize=ITEMSIZE[job.vae_dtype], tiling=job.tiling)
     return _vae_stage(models, job, name, alive, _pixel_bytes(latents, batch), whole=True)
@@ -217,7 +232,9 @@ def _encode_stage(models: Models, job: Job, name: str, latents: tuple[int, int, 
 def _decode_stage(models: Models, job: Job, name: str, latents: tuple[int, int, int], batch: int) -> Stage:
     alive = decode_bytes(models.vae, latents, batch=batch, itemsize=ITEMSIZE[job.vae_dtype], tiling=job.tiling)
     if job.together:
-        alive += 2 * batch * models.vae.z_dim * math.prod(latents) * FP32  # the clip's latents, and un-normalised
+        frames, reach = latents[0], decoder_reach(models.vae)
+        kept = reach if job.decoder_waits else min(frames, reach)
+        alive += batch * _seen_bytes(models.vae, 2 * frames + kept, latents[1:])  # the clip's, and un-normalised
     return _vae_stage(models, job, name, alive, _pixel_bytes(latents, batch), whole=job.keeps_frames)
 
 

@@ -44,6 +44,8 @@ def stage_seconds(stage: Stage, models: Models, job: Job, machine: Machine, work
         return _text(models, job, machine, work)
     refine = stage.name.startswith("refine ")
     times = work.windows if refine else work.clips
+    if stage.name == "VAE encode" and job.encoded_frames is not None:
+        times = 1  # before the first clip; the others are given latents
     latents = _latents(job, refine=refine)
     if "VAE" in stage.name:
         return times * _vae(stage.name, models, job, machine, latents)
@@ -71,7 +73,7 @@ def _text(models: Models, job: Job, machine: Machine, work: Work) -> float:
 def _vae(name: str, models: Models, job: Job, machine: Machine, latents: tuple[int, int, int]) -> float:
     count = encode_flops if name.endswith("encode") else decode_flops
     if name == "VAE encode":
-        latents = (num_latents(job.num_cond_frames), *latents[1:])
+        latents = (job.encoded_latents, *latents[1:])
     return count(models.vae, latents, job.tiling) / (machine.speed.flops * _SHARE[machine.device, "vae"])
 
 

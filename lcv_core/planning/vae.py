@@ -126,14 +126,28 @@ def decode_bytes(
     frame = batch * config.z_dim * itemsize  # what the decoder is given, for each latent cell
     if tiling is None:
         return _alive(stages, (h * w, h * w), batch, steady=T > 1) * itemsize + frame * h * w + batch * output
-    spans = [tiling.spans(side) for side in (h, w)]
-    area = math.prod(sum(b - a for a, b in side) for side in spans)
-    tile = math.prod(max(b - a for a, b in side) for side in spans)
+    area = _area((h, w), tiling)
+    tile = math.prod(max(b - a for a, b in tiling.spans(side)) for side in (h, w))
     weights = area * SPACE_FACTOR**2 * FP32
     group = 3 * (TIME_FACTOR if T > 1 else 1) * FP32
     written = group * (pixels + 2 * tile * SPACE_FACTOR**2)
     streamed = _alive(stages, (area, tile), batch, steady=T > 1) * itemsize + frame * tile
     return streamed + weights + batch * (written + output)
+
+
+def decoder_state_bytes(
+    config: VAEConfig, size: tuple[int, int], *, itemsize: int = 2, tiling: Tiling | None = None
+) -> int:  # fmt: skip
+    """What the decoder of a video of (h, w) latent cells keeps between two latent frames, beyond the first."""
+    kept = sum(new for stage in _decoder(config, steady=True) for new, _, _ in stage.moments(1, steady=True))
+    return math.ceil(kept * _area(size, tiling)) * itemsize
+
+
+def _area(size: tuple[int, int], tiling: Tiling | None) -> int:
+    """Latent cells of all tiles, overlaps counted."""
+    if tiling is None:
+        return math.prod(size)
+    return math.prod(sum(b - a for a, b in tiling.spans(side)) for side in size)
 
 
 def encode_bytes(
@@ -191,9 +205,8 @@ def encode_flops(config: VAEConfig, latents: tuple[int, int, int], tiling: Tilin
 
 def _flops(stages: Iterable[_Stage], latents: tuple[int, int, int], tiling: Tiling | None) -> float:
     T, h, w = latents
-    area = h * w if tiling is None else math.prod(sum(b - a for a, b in tiling.spans(side)) for side in (h, w))
     cell = 0.0
     for stage in stages:
         products = sum(a * d + (0 if stage.single else d * d) for a, d in stage.blocks)
         cell += 2 * 27 * products * stage.frames * stage.cells
-    return cell * area * T
+    return cell * _area((h, w), tiling) * T

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -91,6 +93,19 @@ class Decoder(nn.Module):
         for block in self.up_blocks:
             x = block(x, state)
         return causal_conv(self.conv_out, F.silu(self.norm_out(x)), state)
+
+
+def decoder_reach(config: VAEConfig) -> int:
+    """How many latent frames before a latent frame have a part in its pixels and in the decoder's state behind it.
+
+    Each causal convolution looks two frames back, of which there are 1, 2 or 4 to a latent frame.
+    """
+    convolutions, rate, reach = 1 + 4, 1, Fraction(0)  # conv_in and the middle; the rate is of frames to a latent
+    for doubles_time in (*reversed(config.temperal_downsample), False):
+        convolutions += 2 * (config.num_res_blocks + 1) + doubles_time
+        reach += Fraction(2 * convolutions, rate)
+        convolutions, rate = 0, rate * (2 if doubles_time else 1)
+    return math.ceil(reach + Fraction(2, rate))  # conv_out
 
 
 class WanVAE(nn.Module):

@@ -114,7 +114,7 @@ class LongCat(Graph):
         inputs = {
             "prompts": "\n".join(prompts), "negative_prompt": NEGATIVE, "num_segments": 0, "width": WIDTH,
             "height": HEIGHT, "num_frames": FRAMES, "num_cond_frames": COND_FRAMES, "frame_rate": 15.0, "seed": SEED,
-            "schedule": "base", "num_steps": STEPS, "guidance_scale": 0.0, "handover": "frames", "fit": "crop",
+            "schedule": "base", "num_steps": STEPS, "guidance_scale": 0.0, "handover": "latents", "fit": "crop",
             "vae_tile": 0,
         }  # fmt: skip
         return self.add("LongCatVideoLong", model=self.model, vae=self.vae, clip=self.clip, **inputs | changes)

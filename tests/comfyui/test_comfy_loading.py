@@ -290,7 +290,9 @@ def test_comfyuis_own_vae_object_works_in_our_nodes(comfy: Client, c: Components
         continued = graph.continued(video=frames)
         outputs = [
             continued[1],
-            graph.long(["a red ball", "a blue ball"], num_frames=FRAMES + 4, schedule="distilled")[0],
+            graph.long(["a red ball", "a blue ball"], num_frames=FRAMES + 4, schedule="distilled", handover="frames")[
+                0
+            ],
             graph.refined(frames)[0],
         ]
         ids = [graph.save_images(output) for output in outputs]
@@ -308,16 +310,19 @@ def test_comfyuis_own_vae_object_works_in_our_nodes(comfy: Client, c: Components
 
 
 def test_comfyuis_own_vae_object_decodes_no_pieces(comfy: Client) -> None:
+    """That is said before the first of the segments is sampled; what to choose, too."""
     if comfy.server.core.version <= (0, 3, 64):
         pytest.skip("this ComfyUI loads Wan VAEs of full width alone")
     put_own_vae(comfy)
     graph = LongCat()
     graph.vae = graph.add("VAELoader", vae_name=wan.VAE)[0]
-    node = graph.long(["a", "b"], num_frames=FRAMES + 4, handover="latents", num_steps=1, guidance_scale=1.0)
+    node = graph.long(["a", "b"], num_frames=FRAMES + 4, num_steps=1, guidance_scale=1.0)
     graph.save_images(node[0])
     result = comfy.queue(graph.prompt)
     assert (result.event, result.error["node_id"]) == (ERROR, node.id)
-    assert 'use the LongCat-Video Loader\'s VAE, or the hand-over "frames"' in result.error_text
+    assert 'own VAE (in ComfyUI the LongCat-Video Loader\'s), or the hand-over "frames"' in result.error_text
+    assert not [report for report in result.progress if report[0] == node.id]
+    assert not list((comfy.server.run / "output").glob("longcat_video_segments/*"))
 
 
 def test_what_is_missing_is_named_with_its_place_and_its_source(comfy: Client, transformer: State) -> None:

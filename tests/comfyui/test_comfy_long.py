@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from lcv_core.pipelines import Components, long_video
+from lcv_core.cli.job import Job as CliJob
+from lcv_core.pipelines import Components, long_video, long_video_segments
 from lcv_core.video_io import read_video
 
 from . import graphs, reference
@@ -179,6 +181,16 @@ def test_each_segment_is_shown_before_the_end(comfy: Client, c: Components) -> N
     assert len({file["filename"] for file in shown}) == 3
     counts = [len(read_video(comfy.server.run / "temp" / file["subfolder"] / file["filename"])) for file in shown]
     assert counts == [FRAMES, NEW, NEW]
+
+
+@pytest.mark.parametrize("where", ["pipeline", "command line", "node"])
+def test_latents_are_the_default(comfy: Client, where: str) -> None:
+    if where == "node":
+        _, options = comfy.object_info("LongCatVideoLong")["LongCatVideoLong"]["input"]["required"]["handover"]
+        assert options["default"] == "latents"
+    else:
+        made = long_video_segments if where == "pipeline" else CliJob
+        assert inspect.signature(made).parameters["handover"].default == "latents"
 
 
 def test_progress_counts_all_segments(comfy: Client, c: Components) -> None:

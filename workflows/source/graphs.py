@@ -230,7 +230,7 @@ def long_node(prompts: str, segments: int, height: int) -> Node:
         {
             "prompts": prompts, "negative_prompt": NEGATIVE, "num_segments": segments, "width": 0, "height": 0,
             "num_frames": 0, "num_cond_frames": 0, "frame_rate": 15.0, "seed": 1, "control_after_generate": "fixed",
-            "schedule": "distilled", "num_steps": 0, "guidance_scale": 0, "handover": "frames", "fit": "crop",
+            "schedule": "distilled", "num_steps": 0, "guidance_scale": 0, "handover": "latents", "fit": "crop",
             "vae_tile": 0,
         },
         {"model": ("loader", 0), "vae": ("loader", 2), "clip": ("loader", 1)},

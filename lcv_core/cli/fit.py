@@ -94,14 +94,12 @@ def _shape(job: Job, known: Known, source: tuple[int, int] | None, frames: int |
     own = (native.height, native.width) if source is None else native_size(native, *source)
     if job.task == "refine":
         return _refined(job, known, own if source is None else source, frames)
-    _, scale = SCHEDULE_DEFAULTS[job.schedule]
-    scale = scale if job.guidance_scale is None else job.guidance_scale
     given = {"t2v": 0, "i2v": 1}.get(job.task, job.num_cond_frames or native.num_cond_frames)
     if job.task == "long" and job.segments == 1 and job.clip is None:
         given = 0 if job.image is None else 1
     return {
         "height": job.height or own[0], "width": job.width or own[1], "num_frames": job.num_frames or native.num_frames,
-        "num_cond_frames": given, "guidance": job.cfg_mode if scale > 1.0 else "off", "schedule": job.schedule,
+        "num_cond_frames": given, "guidance": job.cfg_mode if is_guided(job) else "off", "schedule": job.schedule,
     }  # fmt: skip
 
 
@@ -124,17 +122,21 @@ def _refined(job: Job, known: Known, source: tuple[int, int], frames: int | None
     }  # fmt: skip
 
 
+def is_guided(job: Job) -> bool:
+    """Whether the job reads its negative prompt. Refining does not: its expert was trained without guidance."""
+    scale = SCHEDULE_DEFAULTS[job.schedule][1] if job.guidance_scale is None else job.guidance_scale
+    return job.task != "refine" and scale > 1.0
+
+
 def _work(job: Job, known: Known, frames: int | None) -> Work:
-    steps, scale = SCHEDULE_DEFAULTS[job.schedule]
-    steps = job.num_steps or steps
-    guided = (scale if job.guidance_scale is None else job.guidance_scale) > 1.0
-    prompts = len(job.prompts) + guided
+    steps = job.num_steps or SCHEDULE_DEFAULTS[job.schedule][0]
+    prompts = len(job.prompts) + is_guided(job)
     if job.task == "refine":
         window = job.window or known.native.num_frames
         overlap = min(known.native.num_cond_frames, window // 2)
         windows = len(plan_windows(window if frames is None else frames, window, overlap))
         levels = refine(job.num_steps or REFINE_DEFAULT_STEPS, job.t_thresh)
-        return Work(refine_steps=job.refine_steps or len(levels) - 1, prompts=len(job.prompts), windows=windows)
+        return Work(refine_steps=job.refine_steps or len(levels) - 1, prompts=prompts, windows=windows)
     if job.task in ("continue", "long") and job.uniform_tail and job.schedule == "base":
         steps = len(with_tail(base(steps))) - 1
     return Work(steps, prompts=prompts, clips=job.segments if job.task == "long" else job.total)

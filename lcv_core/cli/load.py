@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lcv_core.cli.fit import settings_of
+from lcv_core.cli.fit import is_guided, settings_of
 from lcv_core.cli.job import Job
 from lcv_core.cli.progress import Reporter
 from lcv_core.config import Native
@@ -210,7 +210,7 @@ class Session:
                 read_lora(model, _Shapes(path), path.name)
 
     def encode(self, prompts: list[str]) -> tuple[list[TextStates], TextStates | None]:
-        """States of each prompt and of the negative prompt; the encoder is freed.
+        """States of each prompt, and of the negative prompt where guidance reads it; the encoder is freed.
 
         One by one, so that a prompt's states do not depend on what else was asked for and a repeated job is exact.
         """
@@ -218,10 +218,11 @@ class Session:
         self.reporter.say(f"reading the prompt{'s' if len(prompts) > 1 else ''} ...")
         negative = self.job.negative_prompt
         negative = DEFAULT_NEGATIVE_PROMPT if negative is None else negative
-        states = self._guarded("text encode", lambda: self._encode([*prompts, negative]))
+        wanted = [*prompts, negative] if is_guided(self.job) else prompts
+        states = self._guarded("text encode", lambda: self._encode(wanted))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return states[:-1], states[-1]
+        return states[: len(prompts)], states[-1] if is_guided(self.job) else None
 
     def _encode(self, prompts: list[str]) -> list[TextStates]:
         on_cpu = self.memory is not None and self.memory.settings.text_device == "cpu"

@@ -26,6 +26,7 @@ from lcv_core.shapes import TIME_FACTOR, floor_frames
 from lcv_core.weights.checkpoint import Checkpoint, open_text_encoder, open_vae
 
 _DTYPES: dict[torch.dtype, Any] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_GB = 1e9  # bytes; of the Job's `resident`, which is in bytes in Settings
 # The Job's fields by the names of Settings that are called otherwise there.
 _FIELDS = {"cache_storage": "kv_cache_storage", "cache_place": "kv_cache_place"}
 
@@ -69,7 +70,7 @@ def make_planner(
     planned = PlannedJob(
         compute_dtype=name, text_dtype=name, vae_dtype=name, weight_dtype="int8" if quantised else name,
         device=machine.device, together=True, keeps_frames=job.by_segments, kv_cache=job.kv_cache, sparse=sparse,
-        resident=int(job.resident * 1e9), extra_weights=_lora_bytes(job),
+        extra_weights=_lora_bytes(job),
         bsa=known.dit.bsa if job.attention == "bsa" else None, **_shape(job, known, source, source_frames),
     )  # fmt: skip
     forms = QUALITY if known.stored_bytes is None else ("plain", "stored")
@@ -80,8 +81,9 @@ def make_planner(
 
 def _fixed(job: Job, free: frozenset[str]) -> dict[str, Any]:
     """The settings that stay, by the names of Settings."""
-    names = [f.name for f in dataclasses.fields(Settings) if f.name != "text_device"]
-    return {name: getattr(job, _FIELDS.get(name, name)) for name in names if _FIELDS.get(name, name) not in free}
+    now = dataclasses.asdict(settings_of(job))
+    del now["text_device"]
+    return {name: value for name, value in now.items() if _FIELDS.get(name, name) not in free}
 
 
 def _lora_bytes(job: Job) -> int:
@@ -146,6 +148,7 @@ def with_settings(job: Job, settings: Settings) -> Job:
     """The job with what was chosen in its fields."""
     values = {_FIELDS.get(name, name): value for name, value in dataclasses.asdict(settings).items()}
     del values["text_device"]
+    values["resident"] /= _GB
     if settings.window is None:
         del values["window"]
     return dataclasses.replace(job, **values)
@@ -154,7 +157,9 @@ def with_settings(job: Job, settings: Settings) -> Job:
 def settings_of(job: Job) -> Settings:
     """What the job has in its fields."""
     names = [f.name for f in dataclasses.fields(Settings) if f.name != "text_device"]
-    return Settings(**{name: getattr(job, _FIELDS.get(name, name)) for name in names})
+    values: dict[str, Any] = {name: getattr(job, _FIELDS.get(name, name)) for name in names}
+    values["resident"] = round(job.resident * _GB)
+    return Settings(**values)
 
 
 def chosen_line(choice: Choice, fixed: Mapping[str, Any]) -> str | None:

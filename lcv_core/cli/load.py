@@ -269,9 +269,10 @@ class Session:
         return settings_of(self.job)
 
     def _load_dit(self) -> LongCatDiT:
+        settings = self._settings()
         return self.checkpoint.load_dit(
-            device=self.device, dtype=self.dtype, weights=self.job.weights, streaming=self._settings().stream,
-            resident=int(self.job.resident * 1e9),
+            device=self.device, dtype=self.dtype, weights=self.job.weights, streaming=settings.stream,
+            resident=settings.resident,
         )  # fmt: skip
 
 

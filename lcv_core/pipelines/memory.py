@@ -124,10 +124,13 @@ class Memory:
         c.dit.set_kv_cache(storage=s.cache_storage, place=s.cache_place)
         if "stream" in move.changes:
             self._stream(c, move.changes["stream"])
+        elif "resident" in move.changes:
+            c.dit.free_resident_blocks()
+            self._free()
 
     def _stream(self, c: Components, place: Any) -> None:
         from lcv_core.offload.lanes import lanes_of
-        from lcv_core.offload.turns import BlocksInTurn
+        from lcv_core.offload.turns import BlocksInTurn, blocks_within
 
         source = None
         if place == "disk":
@@ -135,7 +138,9 @@ class Memory:
             source = self.block_files()
             c.dit.stop_streaming()  # before the new slots are made
         c.dit.requires_grad_(False)
-        c.dit.set_streaming(BlocksInTurn(list(c.dit.blocks), lanes_of(c.device), place, source))
+        blocks = list(c.dit.blocks)
+        resident = blocks_within(blocks, self.settings.resident)
+        c.dit.set_streaming(BlocksInTurn(blocks, lanes_of(c.device), place, source, resident=resident))
         self._free()
 
     def sample(self, c: Components, latents: Tensor, sigmas: Tensor, **options: Any) -> Tensor:

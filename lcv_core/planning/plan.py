@@ -78,11 +78,15 @@ class Models:
         """Bytes of one of its blocks, where it is streamed: the gaps between its tensors counted."""
         return math.ceil((self.transformer_weights(job) - self.outside_blocks(job)) / self.dit.depth) + _GAPS
 
+    def resident_blocks(self, job: Job) -> int:
+        """Whole blocks that stay on the device with streaming."""
+        return 0 if job.stream == "off" else min(job.resident // self.block(job), self.dit.depth)
+
     def transformer_on_device(self, job: Job) -> int:
         """Bytes of the transformer on the device while it runs, and between two runs."""
         if job.stream == "off":
             return self.transformer_weights(job)
-        resident = min(job.resident // self.block(job), self.dit.depth) * self.block(job)
+        resident = self.resident_blocks(job) * self.block(job)
         slots = min(self.dit.depth, STREAM_SLOTS) * self.block(job)
         return min(self.transformer_weights(job), self.outside_blocks(job) + resident + slots)
 
@@ -90,19 +94,23 @@ class Models:
         """Bytes of system memory that streaming takes: the blocks that wait, or those that are read from disk."""
         if job.stream == "off" or job.device == "cpu":
             return 0
-        return self.block(job) * (self.dit.depth if job.stream == "ram" else _STAGED)
+        waiting = self.dit.depth - self.resident_blocks(job)
+        return self.block(job) * (waiting if job.stream == "ram" else _STAGED)
 
     def ram(self, job: Job, others: int) -> int:
-        """Bytes of system memory of a stage that has `others` there beside the transformer."""
-        loading = self.block(job) if job.stream == "ram" and job.device != "cpu" else 0  # copied to where it waits
-        return self.transformer_in_ram(job) + max(loading, others + self.adapters_in_ram(job))
+        """Bytes of system memory of a stage that has `others` there beside the transformer, or of loading this."""
+        running = self.transformer_in_ram(job) + others + self.adapters_in_ram(job)
+        if job.stream != "ram" or job.device == "cpu":
+            return running
+        return max(running, self.block(job) * (self.dit.depth + 1))  # all are there, and one is copied to its place
 
     def adapters_in_ram(self, job: Job) -> int:
         """Bytes of the adapters as stored, which stay in system memory; on a CPU they are counted where they work."""
         if job.device == "cpu" or not job.together or job.adapters != "runtime":
             return 0
         names: list[AdapterName] = ["distill"] if job.schedule == "distilled" and not job.refine_only else []
-        names += ["refinement"] if job.refine is not None else []
+        if job.refine is not None:
+            names.append("refinement")
         return job.extra_weights + sum(stored_adapter_bytes(self.dit, name) for name in names)
 
     def vae_weights(self, job: Job) -> int:

@@ -214,9 +214,12 @@ def rerun(
     ] = None,
 ) -> None:
     """Repeat the job that made a file, from the settings it carries."""
-    from lcv_core.cli.outputs import read_settings
+    from lcv_core.cli.outputs import changed_line, read_settings
 
-    job = Job.from_metadata(read_settings(file), file)
+    settings = read_settings(file)
+    job = Job.from_metadata(settings, file)
+    if line := changed_line(settings, file):
+        typer.echo(line, err=True)
     changes = {k: v for k in ("frame_rate", "crf") if (v := getattr(output, k)) is not None}
     job = dataclasses.replace(job, model=str(model or job.model), stream=stream or job.stream, **changes)
     from lcv_core.cli.run import Request

@@ -146,12 +146,17 @@ def _work(job: Job, known: Known, frames: int | None) -> Work:
 
 def with_settings(job: Job, settings: Settings) -> Job:
     """The job with what was chosen in its fields."""
-    values = {_FIELDS.get(name, name): value for name, value in dataclasses.asdict(settings).items()}
+    values = as_fields(dataclasses.asdict(settings))
     del values["text_device"]
-    values["resident"] /= _GB
     if settings.window is None:
         del values["window"]
     return dataclasses.replace(job, **values)
+
+
+def as_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name as the fields of a Job, which has none for the text's device."""
+    values = {_FIELDS.get(name, name): value for name, value in settings.items()}
+    return values | ({"resident": values["resident"] / _GB} if "resident" in values else {})
 
 
 def settings_of(job: Job) -> Settings:

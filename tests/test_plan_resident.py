@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -242,7 +243,9 @@ def test_a_job_is_loaded_with_them_and_repeated(
     monkeypatch.setattr(run, "this_machine", lambda device: card)
     monkeypatch.setattr(choose, "STREAM_SLOTS", 1)  # two blocks are all that the tiny model has
     outcome = made(*command, "-o", "b.safetensors")
-    assert "of blocks kept on the device" in outcome.err
+    said = " ".join(outcome.err.split())
+    assert re.search(r"\bfor speed: [\d.]+ .B of blocks kept on the device \(--memory given", said)
+    assert "to fit into memory" not in outcome.err
     made(*command, "--resident", 0, "-o", "c.safetensors")
     made("rerun", "b.safetensors", "-o", "d.safetensors")
     assert loaded[0] == loaded[2] == 0 < loaded[1] == loaded[3]

@@ -172,4 +172,7 @@ def chosen_line(choice: Choice, fixed: Mapping[str, Any]) -> str | None:
     """What a plan chose that is not what happens anyway, in one line; None where that is nothing."""
     first = Settings(**{"cfg_mode": choice.settings.cfg_mode, **fixed})
     changes = choice.settings.changed_from(first)
-    return f"to fit into memory: {sentence(changes)} (--memory given leaves that to you)" if changes else None
+    resident = changes.pop("resident", 0)
+    parts = [f"to fit into memory: {sentence(changes)}"] if changes else []
+    parts += [f"for speed: {sentence({'resident': resident})}"] if resident else []
+    return f"{'; '.join(parts)} (--memory given leaves that to you)" if parts else None

@@ -209,10 +209,11 @@ class Session:
 
     def go_on_from(self, changes: Changes) -> None:
         """Unfinished work was changed like this; what is gone on with has the settings of the job again."""
-        last = {name: value for change in changes for name, value in change.get("to", {}).items()}
-        now = {name: getattr(self.job, name) for name in last if hasattr(self.job, name)}
+        last = {name: value for change in changes for name, value in change["to"].items()}
+        now = {name: getattr(self.job, name, value) for name, value in last.items()}
+        now = {name: value for name, value in now.items() if value != last[name]}
         back = {"stage": "all", "where": "gone on with later", "from": {name: last[name] for name in now}, "to": now}
-        self.earlier = [*changes, back] if changes else []
+        self.earlier = [*changes, back] if now else changes
 
     def note(self, job: Job) -> str:
         """What is stored with unfinished work of a job."""

@@ -205,7 +205,11 @@ def unfinished_changes(work: Path, job: Job) -> Changes:
 def changes_in(settings: Any) -> Changes:
     """The changes in an output's settings, those that can be read."""
     found = settings.get(CHANGED) if isinstance(settings, dict) else None
-    return [change for change in found if isinstance(change, dict)] if isinstance(found, list) else []
+    return [change for change in found if _is_change(change)] if isinstance(found, list) else []
+
+
+def _is_change(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), dict) for name in ("from", "to"))
 
 
 def changed_line(settings: Any, file: Path) -> str | None:
@@ -213,7 +217,6 @@ def changed_line(settings: Any, file: Path) -> str | None:
     parts = [
         f"{name} {change['from'].get(name)} became {value} in {change.get('stage')} {change.get('where', '')}".rstrip()
         for change in changes_in(settings)
-        if isinstance(change.get("from"), dict) and isinstance(change.get("to"), dict)
         for name, value in change["to"].items()
     ]
     if not parts:

@@ -22,9 +22,8 @@ from lcv_core.pipelines.base import StreamingDecoder
 from lcv_core.planning import Job
 from lcv_core.planning.choose import Planner
 from lcv_core.planning.machine import Machine, Speed
-from lcv_core.planning.plan import Models, plan_with
+from lcv_core.planning.plan import Models
 from lcv_core.planning.settings import Settings
-from lcv_core.planning.vae import decoder_state_bytes
 from lcv_core.text.encoder import TextStates
 from lcv_core.vae.model import WanVAE
 from lcv_core.vae.tiling import Tiling
@@ -85,24 +84,6 @@ def test_decoding(dit: LongCatDiT, tile: int) -> None:
             pass
     stage = planner(replace(HALF, height=96, width=96, num_frames=9, vae_tile=tile)).plan(Settings(tile=tile))
     assert_within_a_tenth(stage.stage("VAE decode").besides_weights, live.peak)
-
-
-@pytest.mark.parametrize("tile", [0, 64])
-def test_a_decoder_that_waits_while_the_next_segment_is_sampled(tile: int) -> None:
-    vae = WanVAE(VAEConfig(base_dim=16)).to(torch.bfloat16).eval().requires_grad_(False)
-    c = Components(dit=None, vae=vae, tiling=Tiling(tile, tile * 3 // 4) if tile else None)  # type: ignore[arg-type]
-    decoder = StreamingDecoder(c)
-    decoder.push(torch.zeros(1, 16, 3, 12, 12))
-    states = [tile.state for tile in decoder._tiles] or [decoder._state]
-    held = {tensor.untyped_storage() for state in states for tensor in state.values()}
-    alive = sum(storage.nbytes() for storage in held) + sum(tile.weight.nbytes for tile in decoder._tiles)
-    tiling, latents = c.tiling, (3, 12, 12)
-    planned = decoder_state_bytes(vae.config, latents, tiling=tiling)
-    assert_within_a_tenth(planned, alive)
-    job = replace(HALF, height=96, width=96, num_frames=9, vae_tile=tile)
-    models = Models(DiTConfig(depth=1), vae.config, TextConfig())
-    bare, waits = (plan_with(models, other).stage("sampling") for other in (job, replace(job, decoder_waits=True)))
-    assert waits.total - bare.total == planned
 
 
 @pytest.mark.parametrize("depth", [1, 3])

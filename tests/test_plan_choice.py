@@ -215,8 +215,6 @@ def test_the_command_lines_jobs() -> None:
     assert shape(task="i2v").num_cond_frames == 1
     assert shape(task="continue").num_cond_frames == 13
     assert shape(attention="bsa").bsa == BSAConfig()
-    long = {"task": "long", "num_segments": 2}
-    assert shape(**long, handover="latents").decoder_waits and not shape(**long).decoder_waits
     refined = shape(task="refine")
     assert refined.refine_only and refined.keeps_frames
     assert refined.refine is not None

@@ -100,7 +100,6 @@ def _shape(job: Job, known: Known, source: tuple[int, int] | None, frames: int |
     if job.task == "long" and job.segments == 1 and job.clip is None:
         given = 0 if job.image is None else 1
     return {
-        "decoder_waits": job.task == "long" and job.handover == "latents" and job.segments > 1,
         "height": job.height or own[0], "width": job.width or own[1], "num_frames": job.num_frames or native.num_frames,
         "num_cond_frames": given, "guidance": job.cfg_mode if is_guided(job) else "off", "schedule": job.schedule,
     }  # fmt: skip

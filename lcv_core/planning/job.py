@@ -81,7 +81,6 @@ class Job:
     text_device: "cpu" encodes the text there, whatever the rest runs on.
     together: transformer and VAE stay on the device side by side, and clips come and go frame by frame, as in
         `lcv_core.pipelines`; else each part has the device to itself and is given whole clips, as in ComfyUI.
-    decoder_waits: the VAE's decoder holds its state while the next segment is sampled.
     refine_only: the clip is given, and only refined. keeps_frames: a finished clip is in system memory as a whole.
     vae_tile: pixels, a multiple of 32; 0 decodes and encodes whole frames.
     Raises InputError for sizes and counts that no pipeline takes.
@@ -114,7 +113,6 @@ class Job:
     extra_weights: int = 0
     text_device: Literal["same", "cpu"] = "same"
     together: bool = False
-    decoder_waits: bool = False
     refine_only: bool = False
     keeps_frames: bool = False
 

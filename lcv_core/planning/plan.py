@@ -20,7 +20,7 @@ from lcv_core.planning.transformer import (
     outer_parameters,
     stored_adapter_bytes,
 )
-from lcv_core.planning.vae import decode_bytes, decoder_state_bytes, encode_bytes, vae_parameters
+from lcv_core.planning.vae import decode_bytes, encode_bytes, vae_parameters
 from lcv_core.shapes import SPACE_FACTOR, latent_shape, num_latents, num_pixel_frames
 
 _GAPS = 64 * 256  # bytes: of the alignment of up to 64 tensors in one buffer (offload.layout)
@@ -224,13 +224,8 @@ def _sampling_stage(models: Models, job: Job, name: str, run: Sampling, adapter:
     if job.extra_weights:
         weights += job.extra_weights
         run = replace(run, adapters=True)
-    activations = run.activations(models.dit)
-    if job.decoder_waits:
-        activations += decoder_state_bytes(
-            models.vae, run.latents, batch=job.batch_size, itemsize=ITEMSIZE[job.vae_dtype], tiling=job.tiling
-        )
     kept = run.kv_cache_kept(models.dit) if job.cache_place == "cpu" and job.device != "cpu" else 0
-    return Stage(name, weights, activations, run.kv_cache(models.dit), models.ram(job, kept))
+    return Stage(name, weights, run.activations(models.dit), run.kv_cache(models.dit), models.ram(job, kept))
 
 
 def _encode_stage(models: Models, job: Job, name: str, latents: tuple[int, int, int], batch: int) -> Stage:

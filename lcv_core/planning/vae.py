@@ -136,23 +136,6 @@ def decode_bytes(
     return streamed + weights + batch * (written + output)
 
 
-def decoder_state_bytes(
-    config: VAEConfig, latents: tuple[int, int, int], *, batch: int = 1, itemsize: int = 2, tiling: Tiling | None = None
-) -> int:
-    """Bytes that a decoder holds between two pieces of a clip (T, h, w), from its second latent frame on; by tiles
-    their blending weights too."""
-    area = _area(latents, tiling)
-    kept = sum(new for stage in _decoder(config, steady=True) for new, _, _ in stage.moments(1, steady=True))
-    weights = 0 if tiling is None else area * SPACE_FACTOR**2 * FP32
-    return math.ceil(kept * batch * area) * itemsize + weights
-
-
-def _area(latents: tuple[int, int, int], tiling: Tiling | None) -> int:
-    """Latent cells of a frame, the overlaps of tiles counted."""
-    _, h, w = latents
-    return h * w if tiling is None else math.prod(sum(b - a for a, b in tiling.spans(side)) for side in (h, w))
-
-
 def encode_bytes(
     config: VAEConfig, latents: tuple[int, int, int], *, batch: int = 1, itemsize: int = 2, tiling: Tiling | None = None
 ) -> int:
@@ -207,8 +190,10 @@ def encode_flops(config: VAEConfig, latents: tuple[int, int, int], tiling: Tilin
 
 
 def _flops(stages: Iterable[_Stage], latents: tuple[int, int, int], tiling: Tiling | None) -> float:
+    T, h, w = latents
+    area = h * w if tiling is None else math.prod(sum(b - a for a, b in tiling.spans(side)) for side in (h, w))
     cell = 0.0
     for stage in stages:
         products = sum(a * d + (0 if stage.single else d * d) for a, d in stage.blocks)
         cell += 2 * 27 * products * stage.frames * stage.cells
-    return cell * _area(latents, tiling) * latents[0]
+    return cell * area * T

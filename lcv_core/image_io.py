@@ -333,6 +333,12 @@ def write_png_sequence(
             writer.write(chunk)
 
 
+def rewrite_sequence_metadata(folder: str | Path, metadata: dict[str, Any]) -> None:
+    """Other settings into a finished PNG sequence; the pictures stay."""
+    first = Path(folder) / _PNG_NAME.format(0)
+    write_png(first, read_image(first), metadata)
+
+
 def read_sequence_metadata(folder: str | Path) -> dict[str, Any] | None:
     """The settings stored in the first frame of a PNG sequence; None when the folder holds no such sequence."""
     first = Path(folder) / _PNG_NAME.format(0)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the command line looks for unfinished work before it pays f
 log = logging.getLogger("lcv_core")
 
 OnResume = Callable[[int, Path], None]
+Note = str | Callable[[], str]
 
 _JOB_FILE = "job.json"
 
@@ -68,14 +69,14 @@ class PartialRun:
     """The unfinished latents of one job in one file; a `denoise.Progress`.
 
     key: `fingerprint` of the job's settings; a file of another job is not resumed, and replaced at the first save.
-    note: text stored beside the latents, for `read_note`.
+    note: text stored beside the latents, for `read_note`; or what gives it when they are saved.
     every: seconds between saves while it runs (it is saved in any case when the run is interrupted).
     on_resume: called with the steps already done and the file when there is something to go on from.
     state: JSON that is saved beside the latents; after `load` of unfinished work, what was saved with it.
     """
 
     def __init__(
-        self, path: str | Path, key: str, *, note: str = "", every: float = 120.0, on_resume: OnResume | None = None
+        self, path: str | Path, key: str, *, note: Note = "", every: float = 120.0, on_resume: OnResume | None = None
     ) -> None:
         self.path, self.key, self.note, self.every, self.on_resume = Path(path), key, note, every, on_resume
         self.state: dict[str, Any] = {}
@@ -101,7 +102,8 @@ class PartialRun:
         return step, saved.to(latents)
 
     def save(self, step: int, latents: Tensor) -> None:
-        metadata = {"key": self.key, "step": str(step), "note": self.note}
+        note = self.note if isinstance(self.note, str) else self.note()
+        metadata = {"key": self.key, "step": str(step), "note": note}
         if self.state:
             metadata["state"] = json.dumps(self.state)
         save_atomic(self.path, {"latents": latents.float()}, metadata)
@@ -130,7 +132,7 @@ class SegmentStore:
         folder: str | Path,
         key: str,
         *,
-        note: str = "",
+        note: Note = "",
         overwrite: bool = False,
         on_resume: OnResume | None = None,
     ) -> None:
@@ -148,8 +150,12 @@ class SegmentStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(self.folder, error) from error
-        with replacing(job) as temporary:
-            temporary.write_text(json.dumps({"key": key, "note": note}), encoding="utf-8")
+        self.write_note(note if isinstance(note, str) else note())
+
+    def write_note(self, note: str) -> None:
+        """Replace the note."""
+        with replacing(self.folder / _JOB_FILE) as temporary:
+            temporary.write_text(json.dumps({"key": self.key, "note": note}), encoding="utf-8")
 
     def _holds_other_work(self) -> bool:
         try:

@@ -79,6 +79,24 @@ def test_the_gpu_holds_the_slots_and_the_resident_blocks_alone(file: Path, place
     dit.stop_streaming()
 
 
+@pytest.mark.parametrize("place", ["ram", "disk"])
+def test_resident_blocks_that_are_given_up_leave_the_gpu(file: Path, place: Place) -> None:
+    checkpoint = open_checkpoint(file)
+    expected = run(checkpoint.load_dit(device="cuda", dtype=torch.bfloat16))
+    dit = checkpoint.load_dit(device="cuda", dtype=torch.bfloat16, streaming=place, resident=80_000_000)
+    turns = dit._in_turn
+    assert isinstance(turns, BlocksInTurn) and turns.resident
+    assert run(dit).equal(expected)
+    stayed = turns.resident * turns._sockets[0].layout.nbytes
+    before = torch.cuda.memory_allocated()
+    dit.free_resident_blocks()  # right behind the forward
+    assert before - torch.cuda.memory_allocated() >= stayed
+    for _ in range(3):
+        results = [run(dit) for _ in range(4)]
+        assert all(result.equal(expected) for result in results)
+    dit.stop_streaming()
+
+
 def test_memory_is_pinned_as_it_is_and_unlocked_when_it_goes() -> None:
     lanes = CudaLanes(torch.device("cuda"))
     buffer = host_memory(3_000_000)

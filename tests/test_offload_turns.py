@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import wait
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, UntypedStorage, nn
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.errors import InputError
 from lcv_core.live_bytes import LiveBytes
-from lcv_core.offload.feeds import THREAD, Loaded
+from lcv_core.offload.feeds import THREAD, FromMemory, Loaded
 from lcv_core.offload.lanes import CpuLanes, Lanes
 from lcv_core.offload.layout import ALIGNMENT, Layout, Sockets
 from lcv_core.offload.turns import BlocksInTurn, blocks_within
@@ -284,3 +286,79 @@ def test_a_model_that_is_forgotten_takes_its_thread_along() -> None:
 def test_impossible_numbers(options: dict[str, int]) -> None:
     with pytest.raises(InputError, match="at least 1 slot"):
         streamed(CpuLanes(), "ram", **options)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("when", ["early", "late"])
+@pytest.mark.parametrize(("slots", "resident"), [(1, 1), (2, 2), (2, 4), (3, 3), (2, 9)])
+def test_resident_blocks_can_be_given_up_between_two_forwards(
+    place: Literal["ram", "disk"], when: Literal["early", "late"], slots: int, resident: int
+) -> None:
+    expected = run(make_dit(depth=DEPTH))
+    lanes = FakeLanes(when)
+    dit, turns, _ = streamed(lanes, place, slots=slots, resident=resident)
+    dit.set_streaming(watched(turns, lanes))
+    assert run(dit).equal(expected)
+    whole = turns.nbytes
+    turns.free_resident()
+    assert turns.resident == 0
+    size = turns._sockets[0].layout.nbytes
+    assert turns.nbytes == slots * size < whole
+    for _ in range(2):
+        assert run(dit).equal(expected)
+    turns.free_resident()  # twice does no harm
+    assert run(dit).equal(expected)
+    settle(turns)
+    turns.close()
+    assert not lanes.waiting
+    lanes.check()
+    with pytest.raises(InputError, match="close was called"):
+        turns.free_resident()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_after_a_forward_that_failed_too(place: Literal["ram", "disk"]) -> None:
+    expected = run(make_dit(depth=DEPTH))
+    dit, turns, _ = streamed(FakeLanes("late"), place, resident=2)
+    for stop_at in range(DEPTH):
+        for index, _block in enumerate(turns):
+            if index == stop_at:
+                break
+    turns.free_resident()
+    assert run(dit).equal(expected)
+
+
+def test_the_memory_of_resident_blocks_is_free_after_that() -> None:
+    lanes = FakeLanes()
+    dit, turns, _ = streamed(lanes, "disk", resident=3)
+    lanes._held.clear()
+    held = [weakref.ref(next(block.parameters())) for block in list(dit.blocks)[:3]]
+    turns.free_resident()
+    gc.collect()
+    assert not any(ref() is not None for ref in held)
+    assert all(p.is_meta for block in dit.blocks for p in block.parameters())
+
+
+def test_system_memory_that_runs_out_while_they_are_given_up_leaves_the_rest_in_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = run(make_dit(depth=DEPTH))
+    dit, turns, _ = streamed(FakeLanes(), "ram", resident=3)
+    feed, kept = turns._feed, []
+    assert isinstance(feed, FromMemory)
+    keep = feed.keep
+
+    def failing(block: int, *args: Any) -> None:
+        if len(kept) == 1:
+            raise MemoryError("no memory")
+        kept.append(block)
+        keep(block, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feed, "keep", failing)
+        with pytest.raises(MemoryError):
+            turns.free_resident()
+    assert (kept, turns.resident) == ([2], 2)
+    assert run(dit).equal(expected)
+    turns.free_resident()
+    assert turns.resident == 0 and run(dit).equal(expected)

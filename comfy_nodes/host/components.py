@@ -60,7 +60,7 @@ class HostComponents(Components):
             yield
             return
         assert isinstance(path, Path)
-        model, _ = apply_lora(self.active, path)
+        model, _ = apply_lora(self.active, path, adapter=self.read_adapter(name, path))
         self._active.append(model)
         try:
             yield

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from comfy.weight_adapter.lora import LoRAAdapter
 
 from lcv_core.weights.assemble import some
+from lcv_core.weights.lora import Adapter
 from lcv_core.weights.lora_read import Delta, LoraReport, read_lora
 from lcv_core.weights.tensors import TensorSource
 
@@ -18,18 +20,22 @@ Patches = dict[Any, Any]
 _APPLIED = "lcv_loras"  # attachment: paths of the adapters on a MODEL
 
 
-def apply_lora(model: Any, path: Path, strength: float = 1.0) -> tuple[Any, LoraReport]:
-    """A clone of a LongCat-Video MODEL with the adapter, and what of it was found.
+def apply_lora(
+    model: Any, path: Path, strength: float = 1.0, *, adapter: Adapter | None = None
+) -> tuple[Any, LoraReport]:
+    """A clone of a LongCat-Video MODEL with the adapter, and what of it was found. adapter: what is in the file, where
+    it was read already; the clone's patches share its tensors.
 
     InputError where nothing of the file is for this model. ComfyUI patches, offloads and undoes it like its own.
     """
     network = require_longcat(model).diffusion_model
-    deltas, report = read_lora(network, TensorSource.open(path), path.name)
+    if adapter is None:
+        adapter = Adapter(*read_lora(network, TensorSource.open(path), path.name))
     clone = model.clone()
-    for patches in _rounds(deltas):
+    for patches in _rounds(adapter.deltas):
         clone.add_patches(patches, strength)
     clone.set_attachments(_APPLIED, (*applied_loras(model), path.resolve()))
-    return clone, report
+    return clone, adapter.report
 
 
 def applied_loras(model: Any) -> tuple[Path, ...]:
@@ -45,7 +51,7 @@ def describe(report: LoraReport) -> str:
     return text
 
 
-def _rounds(deltas: dict[str, list[Delta]]) -> list[Patches]:
+def _rounds(deltas: Mapping[str, list[Delta]]) -> list[Patches]:
     """Patches by weight and rows. ComfyUI keeps one patch a key and call, so a second delta of the same rows goes into
     a call of its own."""
     rounds: list[Patches] = []

@@ -219,14 +219,17 @@ def rerun(
     ] = None,
 ) -> None:
     """Repeat the job that made a file, from the settings it carries."""
-    from lcv_core.cli.outputs import read_settings
+    from lcv_core.cli.outputs import changed_line, read_settings
 
-    job = Job.from_metadata(read_settings(file), file)
+    settings = read_settings(file)
+    job = Job.from_metadata(settings, file)
+    if line := changed_line(settings, file):
+        typer.echo(line, err=True)
     changes = {k: v for k in ("frame_rate", "crf") if (v := getattr(output, k)) is not None}
     job = dataclasses.replace(job, model=str(model or job.model), stream=stream or job.stream, **changes)
     from lcv_core.cli.run import Request
 
-    free = frozenset({"kv_cache_place"} | ({"stream"} if stream is None and job.stream == "off" else set()))
+    free = frozenset({"kv_cache_place", "resident"} | ({"stream"} if stream is None and job.stream == "off" else set()))
     _start(Request(job, output.output, output.overwrite, device, made_by=file, text_cache=text_cache, free=free))
 
 
@@ -362,7 +365,7 @@ def _job(
     values: dict[str, Any] = {
         "model": str(model.model or MINIATURE), "loras": [_lora(text) for text in model.lora or []],
         "attention": machine.attention, "dtype": machine.dtype, "kernels": machine.kernels, "compile": machine.compile,
-        "resident": machine.resident, "sparsity": machine.sparsity,
+        "sparsity": machine.sparsity,
         "timestep_precision": machine.timestep_precision, "frame_rate": output.frame_rate, "crf": output.crf,
     }  # fmt: skip
     values |= {k: str(v) for k in ("vae", "text_encoder", "tokenizer") if (v := getattr(model, k)) is not None}

@@ -26,6 +26,7 @@ from lcv_core.shapes import TIME_FACTOR, floor_frames
 from lcv_core.weights.checkpoint import Checkpoint, open_text_encoder, open_vae
 
 _DTYPES: dict[torch.dtype, Any] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_GB = 1e9  # bytes; of the Job's `resident`, which is in bytes in Settings
 # The Job's fields by the names of Settings that are called otherwise there.
 _FIELDS = {"cache_storage": "kv_cache_storage", "cache_place": "kv_cache_place"}
 
@@ -69,7 +70,7 @@ def make_planner(
     planned = PlannedJob(
         compute_dtype=name, text_dtype=name, vae_dtype=name, weight_dtype="int8" if quantised else name,
         device=machine.device, together=True, keeps_frames=job.by_segments, kv_cache=job.kv_cache, sparse=sparse,
-        resident=int(job.resident * 1e9), extra_weights=_lora_bytes(job),
+        extra_weights=_lora_bytes(job),
         bsa=known.dit.bsa if job.attention == "bsa" else None, **_shape(job, known, source, source_frames),
     )  # fmt: skip
     forms = QUALITY if known.stored_bytes is None else ("plain", "stored")
@@ -80,8 +81,9 @@ def make_planner(
 
 def _fixed(job: Job, free: frozenset[str]) -> dict[str, Any]:
     """The settings that stay, by the names of Settings."""
-    names = [f.name for f in dataclasses.fields(Settings) if f.name != "text_device"]
-    return {name: getattr(job, _FIELDS.get(name, name)) for name in names if _FIELDS.get(name, name) not in free}
+    now = dataclasses.asdict(settings_of(job))
+    del now["text_device"]
+    return {name: value for name, value in now.items() if _FIELDS.get(name, name) not in free}
 
 
 def _lora_bytes(job: Job) -> int:
@@ -94,14 +96,12 @@ def _shape(job: Job, known: Known, source: tuple[int, int] | None, frames: int |
     own = (native.height, native.width) if source is None else native_size(native, *source)
     if job.task == "refine":
         return _refined(job, known, own if source is None else source, frames)
-    _, scale = SCHEDULE_DEFAULTS[job.schedule]
-    scale = scale if job.guidance_scale is None else job.guidance_scale
     given = {"t2v": 0, "i2v": 1}.get(job.task, job.num_cond_frames or native.num_cond_frames)
     if job.task == "long" and job.segments == 1 and job.clip is None:
         given = 0 if job.image is None else 1
     return {
         "height": job.height or own[0], "width": job.width or own[1], "num_frames": job.num_frames or native.num_frames,
-        "num_cond_frames": given, "guidance": job.cfg_mode if scale > 1.0 else "off", "schedule": job.schedule,
+        "num_cond_frames": given, "guidance": job.cfg_mode if is_guided(job) else "off", "schedule": job.schedule,
         **_handed_over(job, given),
     }  # fmt: skip
 
@@ -133,17 +133,21 @@ def _refined(job: Job, known: Known, source: tuple[int, int], frames: int | None
     }  # fmt: skip
 
 
+def is_guided(job: Job) -> bool:
+    """Whether the job reads its negative prompt. Refining does not: its expert was trained without guidance."""
+    scale = SCHEDULE_DEFAULTS[job.schedule][1] if job.guidance_scale is None else job.guidance_scale
+    return job.task != "refine" and scale > 1.0
+
+
 def _work(job: Job, known: Known, frames: int | None) -> Work:
-    steps, scale = SCHEDULE_DEFAULTS[job.schedule]
-    steps = job.num_steps or steps
-    guided = (scale if job.guidance_scale is None else job.guidance_scale) > 1.0
-    prompts = len(job.prompts) + guided
+    steps = job.num_steps or SCHEDULE_DEFAULTS[job.schedule][0]
+    prompts = len(job.prompts) + is_guided(job)
     if job.task == "refine":
         window = job.window or known.native.num_frames
         overlap = min(known.native.num_cond_frames, window // 2)
         windows = len(plan_windows(window if frames is None else frames, window, overlap))
         levels = refine(job.num_steps or REFINE_DEFAULT_STEPS, job.t_thresh)
-        return Work(refine_steps=job.refine_steps or len(levels) - 1, prompts=len(job.prompts), windows=windows)
+        return Work(refine_steps=job.refine_steps or len(levels) - 1, prompts=prompts, windows=windows)
     if job.task in ("continue", "long") and job.uniform_tail and job.schedule == "base":
         steps = len(with_tail(base(steps))) - 1
     return Work(steps, prompts=prompts, clips=job.segments if job.task == "long" else job.total)
@@ -151,21 +155,32 @@ def _work(job: Job, known: Known, frames: int | None) -> Work:
 
 def with_settings(job: Job, settings: Settings) -> Job:
     """The job with what was chosen in its fields."""
-    values = {_FIELDS.get(name, name): value for name, value in dataclasses.asdict(settings).items()}
+    values = as_fields(dataclasses.asdict(settings))
     del values["text_device"]
     if settings.window is None:
         del values["window"]
     return dataclasses.replace(job, **values)
 
 
+def as_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name as the fields of a Job, which has none for the text's device."""
+    values = {_FIELDS.get(name, name): value for name, value in settings.items()}
+    return values | ({"resident": values["resident"] / _GB} if "resident" in values else {})
+
+
 def settings_of(job: Job) -> Settings:
     """What the job has in its fields."""
     names = [f.name for f in dataclasses.fields(Settings) if f.name != "text_device"]
-    return Settings(**{name: getattr(job, _FIELDS.get(name, name)) for name in names})
+    values: dict[str, Any] = {name: getattr(job, _FIELDS.get(name, name)) for name in names}
+    values["resident"] = round(job.resident * _GB)
+    return Settings(**values)
 
 
 def chosen_line(choice: Choice, fixed: Mapping[str, Any]) -> str | None:
     """What a plan chose that is not what happens anyway, in one line; None where that is nothing."""
     first = Settings(**{"cfg_mode": choice.settings.cfg_mode, **fixed})
     changes = choice.settings.changed_from(first)
-    return f"to fit into memory: {sentence(changes)} (--memory given leaves that to you)" if changes else None
+    resident = changes.pop("resident", 0)
+    parts = [f"to fit into memory: {sentence(changes)}"] if changes else []
+    parts += [f"for speed: {sentence({'resident': resident})}"] if resident else []
+    return f"{'; '.join(parts)} (--memory given leaves that to you)" if parts else None

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lcv_core.cli.fit import settings_of
+from lcv_core.cli.fit import as_fields, is_guided, settings_of
 from lcv_core.cli.job import Job
+from lcv_core.cli.outputs import CHANGED, Changes
 from lcv_core.cli.progress import Reporter
 from lcv_core.config import Native
 from lcv_core.dit.attention import resolve_backend
@@ -29,7 +31,7 @@ from lcv_core.files import prepare_target
 from lcv_core.miniature import MINIATURE, find_model
 from lcv_core.partial import fingerprint
 from lcv_core.pipelines.base import Components
-from lcv_core.pipelines.memory import Memory, tiling_of
+from lcv_core.pipelines.memory import Change, Memory, tiling_of
 from lcv_core.planning.settings import Settings
 from lcv_core.schedule import FLOW_SHIFT
 from lcv_core.text.encoder import TextStates
@@ -142,7 +144,10 @@ class _Shapes:
 
 @dataclass
 class Session:
-    """An opened checkpoint and the choices for this machine; models are loaded when asked for."""
+    """An opened checkpoint and the choices for this machine; models are loaded when asked for.
+
+    earlier: what unfinished work that is gone on with was changed to while it ran.
+    """
 
     job: Job
     checkpoint: Checkpoint
@@ -151,6 +156,7 @@ class Session:
     reporter: Reporter
     text_cache: Path | None = None
     memory: Memory | None = None
+    earlier: Changes = field(default_factory=list)
 
     @classmethod
     def open(
@@ -191,6 +197,28 @@ class Session:
         """Identifies unfinished work: numbers are continued only on the kind of device and in the dtype they began."""
         return fingerprint({"job": job.key(), "machine": self._machine})
 
+    def doing(self, what: str) -> None:
+        """What is made from now on, where a run makes several: to say where something was changed."""
+        if self.memory is not None:
+            self.memory.doing = what
+
+    @property
+    def changes(self) -> Changes:
+        """What ran otherwise than the job says, in order, by the names of its fields."""
+        return [*self.earlier, *map(_as_data, [] if self.memory is None else self.memory.history)]
+
+    def go_on_from(self, changes: Changes) -> None:
+        """Unfinished work was changed like this; what is gone on with has the settings of the job again."""
+        last = {name: value for change in changes for name, value in change["to"].items()}
+        now = {name: getattr(self.job, name, value) for name, value in last.items()}
+        now = {name: value for name, value in now.items() if value != last[name]}
+        back = {"stage": "all", "where": "gone on with later", "from": {name: last[name] for name in now}, "to": now}
+        self.earlier = [*changes, back] if now else changes
+
+    def note(self, job: Job) -> str:
+        """What is stored with unfinished work of a job."""
+        return json.dumps(job.to_metadata() | ({CHANGED: self.changes} if self.changes else {}))
+
     def _check_adapters(self) -> None:
         needed, adapters = adapter_of(self.job), self.checkpoint.adapters
         files = [lora.resolve() for lora in self.job.loras]
@@ -210,7 +238,7 @@ class Session:
                 read_lora(model, _Shapes(path), path.name)
 
     def encode(self, prompts: list[str]) -> tuple[list[TextStates], TextStates | None]:
-        """States of each prompt and of the negative prompt; the encoder is freed.
+        """States of each prompt, and of the negative prompt where guidance reads it; the encoder is freed.
 
         One by one, so that a prompt's states do not depend on what else was asked for and a repeated job is exact.
         """
@@ -218,10 +246,11 @@ class Session:
         self.reporter.say(f"reading the prompt{'s' if len(prompts) > 1 else ''} ...")
         negative = self.job.negative_prompt
         negative = DEFAULT_NEGATIVE_PROMPT if negative is None else negative
-        states = self._guarded("text encode", lambda: self._encode([*prompts, negative]))
+        wanted = [*prompts, negative] if is_guided(self.job) else prompts
+        states = self._guarded("text encode", lambda: self._encode(wanted))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return states[:-1], states[-1]
+        return states[: len(prompts)], states[-1] if is_guided(self.job) else None
 
     def _encode(self, prompts: list[str]) -> list[TextStates]:
         on_cpu = self.memory is not None and self.memory.settings.text_device == "cpu"
@@ -268,10 +297,16 @@ class Session:
         return settings_of(self.job)
 
     def _load_dit(self) -> LongCatDiT:
+        settings = self._settings()
         return self.checkpoint.load_dit(
-            device=self.device, dtype=self.dtype, weights=self.job.weights, streaming=self._settings().stream,
-            resident=int(self.job.resident * 1e9),
+            device=self.device, dtype=self.dtype, weights=self.job.weights, streaming=settings.stream,
+            resident=settings.resident,
         )  # fmt: skip
+
+
+def _as_data(change: Change) -> dict[str, Any]:
+    where = ", ".join(part for part in (change.doing, change.where) if part)
+    return {"stage": change.stage, "where": where, "from": as_fields(change.before), "to": as_fields(change.after)}
 
 
 def can_be_read_again(weights: str, tensors: Assembly) -> bool:

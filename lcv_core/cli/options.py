@@ -74,8 +74,8 @@ class MachineOptions:
         option(
             "--memory",
             panel=MACHINE,
-            help="auto: what of --weights, --stream, --tile, --kv-cache-..., --cfg-mode and --window is not named is"
-            " chosen so that it fits, and changed where memory runs out; given: plain, whole and on the device.",
+            help="auto: what of --weights, --stream, --resident, --tile, --kv-cache-..., --cfg-mode and --window is not"
+            " named is chosen so that it fits, and changed where memory runs out; given: plain, whole, on the device.",
         ),
     ] = "auto"
     weights: Annotated[
@@ -96,8 +96,9 @@ class MachineOptions:
         ),
     ] = None  # fmt: skip
     resident: Annotated[
-        float, option("--resident", panel=MACHINE, min=0, help="With --stream: GB of blocks that stay on the device.")
-    ] = 0.0
+        float | None,
+        option("--resident", panel=MACHINE, min=0, help="With --stream: GB of blocks that stay on the device."),
+    ] = None
     text_cache: Annotated[
         Path | None,
         option("--text-cache", panel=MACHINE, help="Folder that keeps encoded prompts: umT5 is loaded for new ones."),
@@ -224,7 +225,7 @@ class ContinueOptions:
 
 
 # What the plan may choose, by the names of the Job's fields.
-AUTO = ("weights", "stream", "tile", "kv_cache_storage", "kv_cache_place", "cfg_mode", "window")
+AUTO = ("weights", "stream", "resident", "tile", "kv_cache_storage", "kv_cache_place", "cfg_mode", "window")
 
 
 def named_settings(machine: Any, sampling: Any) -> dict[str, Any]:

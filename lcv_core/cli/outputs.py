@@ -31,6 +31,9 @@ Kind = Literal["video", "png", "latents"]
 
 PARTIAL = ".partial.safetensors"
 SEGMENTS = ".segments"
+# In the settings of an output beside the job: what ran otherwise than the job says, since memory had run out.
+CHANGED = "changed_while_running"
+Changes = list[dict[str, Any]]
 
 
 class FrameWriter(Protocol):
@@ -64,6 +67,23 @@ class Target:
         """The target of output `index` of a job, carrying the job that makes it alone."""
         path = numbered(self.path, index, job.total)
         return dataclasses.replace(self, path=path, metadata=job.video(index).to_metadata())
+
+    def note(self, changes: Changes) -> bool:
+        """Put what ran otherwise than the job says into the metadata; whether that is news."""
+        if not changes or self.metadata.get(CHANGED) == changes:
+            return False
+        self.metadata[CHANGED] = list(changes)
+        return True
+
+    def note_again(self) -> None:
+        """The metadata as they are now into a finished output that was begun with others."""
+        from lcv_core.image_io import rewrite_sequence_metadata
+        from lcv_core.video_io import rewrite_metadata
+
+        if self.kind == "video":
+            rewrite_metadata(self.path, self.metadata)
+        elif self.kind == "png":
+            rewrite_sequence_metadata(self.path, self.metadata)
 
     @property
     def partial(self) -> Path:
@@ -174,6 +194,34 @@ def _job_in(work: Path) -> Job | None:
         return Job.from_metadata(json.loads(note), work) if note else None
     except ValueError:  # InputError too: whatever it is, it is not this job
         return None
+
+
+def unfinished_changes(work: Path, job: Job) -> Changes:
+    """What ran otherwise than the job says in unfinished work of this job."""
+    found, note = _job_in(work), read_note(work)
+    return changes_in(json.loads(note)) if note and found is not None and found.key() == job.key() else []
+
+
+def changes_in(settings: Any) -> Changes:
+    """The changes in an output's settings, those that can be read."""
+    found = settings.get(CHANGED) if isinstance(settings, dict) else None
+    return [change for change in found if _is_change(change)] if isinstance(found, list) else []
+
+
+def _is_change(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), dict) for name in ("from", "to"))
+
+
+def changed_line(settings: Any, file: Path) -> str | None:
+    """For who repeats an output: what it was made with in the end; None where that is what its job says."""
+    parts = [
+        f"{name} {change['from'].get(name)} became {value} in {change.get('stage')} {change.get('where', '')}".rstrip()
+        for change in changes_in(settings)
+        for name, value in change["to"].items()
+    ]
+    if not parts:
+        return None
+    return f"{file} ran out of memory while it was made ({'; '.join(parts)}); it is repeated as it was begun"
 
 
 def _finished_job(path: Path) -> Job | None:

@@ -16,7 +16,7 @@ from lcv_core.cli.load import open_for, pick_device, pick_dtype
 from lcv_core.cli.progress import clock
 from lcv_core.errors import InputError
 from lcv_core.planning.advice import size_text
-from lcv_core.planning.choose import MARGIN, Choice, Planner
+from lcv_core.planning.choose import MARGIN, RESERVE, Choice, Planner
 from lcv_core.planning.fallback import remaining
 from lcv_core.planning.machine import CARDS, Machine, machine_named, this_machine
 from lcv_core.planning.reasons import reasons
@@ -115,6 +115,8 @@ def print_plan(planner: Planner, console: Console) -> None:
             f"or: {_settings(other)}: {_peaks(other, machine)}, {clock(other.seconds)}", highlight=False, soft_wrap=True
         )
     margin = f"{MARGIN:.0%} are kept free for what the allocator loses"
+    if choice.settings.resident and "resident" not in planner.fixed:
+        margin += f", {RESERVE:.0%} by blocks that are there for speed alone"
     console.print(f"memory is counted and {margin}; times are estimates ({job.compute_dtype})", highlight=False)
 
 

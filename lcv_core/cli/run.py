@@ -6,7 +6,6 @@ What can be wrong is found before weights are loaded.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from lcv_core.cli.outputs import (
     check_place,
     kind_of,
     next_free,
+    unfinished_changes,
     unfinished_job,
     unfinished_seed,
 )
@@ -194,10 +194,6 @@ def _kept(job: Job, target: Target) -> str:
     return f"stopped; what is done is kept in {', '.join(map(str, work))}, the same command goes on from it"
 
 
-def _note(job: Job) -> str:
-    return json.dumps(job.to_metadata())
-
-
 # One clip after the other: t2v, i2v, continue
 
 
@@ -221,6 +217,7 @@ def _run_clips(session: Session, target: Target, todo: list[int], stack: ExitSta
     c = session.components(stack)
     for index, text in zip(todo, texts, strict=True):
         place = target.of(job, index)
+        session.doing(place.path.name if job.total > 1 else "")
         latents = _make_clip(session, c, plan, text, negative, place, job.video(index))
         _write_clip(session, c, plan, place, latents)
         place.partial.unlink(missing_ok=True)
@@ -236,10 +233,12 @@ def _make_clip(
     label = "Denoising" if session.job.total == 1 else f"Denoising {place.path.name}"
 
     def resume(step: int, file: Path) -> None:
+        session.go_on_from(unfinished_changes(file, job))
         reporter.say(f"going on after step {step} of {plan.steps}, kept in {file}")
         reporter.start(label, plan.steps, done=step)
 
-    progress = PartialRun(place.partial, session.key(job), note=_note(job), on_resume=resume)
+    session.go_on_from([])
+    progress = PartialRun(place.partial, session.key(job), note=lambda: session.note(job), on_resume=resume)
     reporter.start(label, plan.steps)
     try:
         return _PIPELINES[job.task](
@@ -326,6 +325,7 @@ def _source_frames(session: Session, size: tuple[int, int]) -> Iterator[Tensor]:
 def _write_clip(session: Session, c: Components, plan: _ClipPlan, place: Target, latents: Tensor) -> None:
     """The latents decoded into the output; of a continuation what is new, after the clip itself if that is kept."""
     job = session.job
+    place.note(session.changes)
     if place.kind == "latents":
         place.write_latents(latents)
         return
@@ -340,6 +340,8 @@ def _write_clip(session: Session, c: Components, plan: _ClipPlan, place: Target,
             skip = max(0, skip - frames.shape[1])
             if len(fresh):
                 writer.write(fresh)
+    if place.note(session.changes):  # while it was decoded
+        place.note_again()
 
 
 # Many segments: long, refine
@@ -353,9 +355,9 @@ class _Segments:
 
     def __init__(self, session: Session, target: Target, overwrite: bool, steps: list[int], what: str) -> None:
         self.reporter, self.target, self.steps, self.what = session.reporter, target, steps, what
+        self.session, self._noted = session, 0
         self.store = SegmentStore(
-            target.segments, session.key(session.job), note=_note(session.job), overwrite=overwrite,
-            on_resume=self._resumed,
+            target.segments, session.key(session.job), note=self._note, overwrite=overwrite, on_resume=self._resumed,
         )  # fmt: skip
         self.sink = SegmentSink(target, self.store)
         self.current = 0
@@ -363,12 +365,24 @@ class _Segments:
         if self.done:
             self.reporter.say(f"going on after {what.lower()} {self.done} of {len(steps)}, kept in {self.store.folder}")
 
+    def _note(self) -> str:
+        """With what was changed in an earlier run, which is in the note that this one replaces."""
+        self.session.go_on_from(unfinished_changes(self.target.segments, self.session.job))
+        self._noted = len(self.session.changes)
+        return self.session.note(self.session.job)
+
+    def _note_changes(self) -> None:
+        if len(self.session.changes) > self._noted:
+            self._noted = len(self.session.changes)
+            self.store.write_note(self.session.note(self.session.job))
+
     def label(self, index: int) -> str:
         return f"{self.what} {index + 1} of {len(self.steps)}"
 
     def _start(self, index: int, step: int = 0) -> None:
         """Begin to count the steps of a segment of which `step` were done earlier."""
         self.current = index
+        self.session.doing(self.label(index).lower() if len(self.steps) > 1 else "")
         if index < len(self.steps):
             self.reporter.start(self.label(index), self.steps[index], done=step)
         if len(self.steps) > 1 and (step or index == self.done):
@@ -379,6 +393,7 @@ class _Segments:
         self._start(self.current, step)
 
     def on_step(self, index: int, info: StepInfo) -> None:
+        self._note_changes()
         self.reporter.on_step(info, self.label(index))
         if len(self.steps) > 1:
             done = sum(self.steps[:index]) + info.step
@@ -390,6 +405,7 @@ class _Segments:
         self._start(self.done)
         for segment in self._numbers_checked(segments):
             index = segment.index
+            self._note_changes()
             self._write(segment)
             del segment  # its frames are not held while the next one is made
             reporter.drop(self.label(index))
@@ -398,6 +414,7 @@ class _Segments:
                 reporter.say(f"{self.what.lower()} {index + 1} of {total} is finished{reporter.left(ALL)}")
             self._start(index + 1)
         reporter.say(f"writing {self.target.path} ...")
+        self.target.note(self.session.changes)
         self.sink.join(total, with_source=with_source)
         self.target.tidy()
         reporter.say(f"wrote {self.target.path}")

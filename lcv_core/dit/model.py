@@ -40,6 +40,7 @@ class BlocksInTurn(Protocol):
     """Blocks that are there while it is their turn: `lcv_core.offload.turns`."""
 
     def __iter__(self) -> Iterator[nn.Module]: ...
+    def free_resident(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -135,6 +136,11 @@ class LongCatDiT(nn.Module):
         """Take the blocks from what makes each of them ready for its turn, once for every forward; None: all of them
         are ready. No gradient is kept with it."""
         self._in_turn = in_turn
+
+    def free_resident_blocks(self) -> None:
+        """Of a streamed model also the blocks that stay on the device come to it in turn from now on."""
+        if self._in_turn is not None:
+            self._in_turn.free_resident()
 
     def stop_streaming(self) -> None:
         """End the thread that reads ahead, if there is one; a streamed model cannot be run after that."""

@@ -30,6 +30,10 @@ class Source(Protocol):
 class Feed(Protocol):
     """Brings blocks to the device."""
 
+    def keep(self, block: int, layout: Layout, source: Source) -> None:
+        """Make ready to bring a block whose tensors `source` has now."""
+        ...
+
     def bring(self, block: int, memory: Tensor, after: Any) -> Future[Any]:
         """Fill `memory` with a block once the event `after` has come; the event after which it is there.
 
@@ -106,6 +110,9 @@ class FromFiles:
             for _ in range(2):
                 buffer = host_memory(size)
                 self._staging.append(_Staging(buffer, _pinned(lanes, buffer)))
+
+    def keep(self, block: int, layout: Layout, source: Source) -> None:
+        pass  # it is in its file
 
     def bring(self, block: int, memory: Tensor, after: Any) -> Future[Any]:
         return self._thread.submit(self._bring, block, memory, after)

@@ -56,9 +56,14 @@ class BlocksInTurn:
         source = Loaded(self._sockets) if source is None else source
         self._keep_resident(source)
         self._feed: Feed | None = self._make_feed(place, source, layouts)
-        streamed = layouts[self._first :]
+        self._wanted_slots = slots
+        self._slots = self._make_slots()
+
+    def _make_slots(self) -> list[_Slot]:
+        streamed = [sockets.layout for sockets in self._sockets[self._first :]]
         size = max((layout.nbytes for layout in streamed), default=0)
-        self._slots = [_Slot(lanes.memory(size), lanes.mark()) for _ in range(min(slots, len(streamed)))]
+        count = min(self._wanted_slots, len(streamed))
+        return [_Slot(self._lanes.memory(size), self._lanes.mark()) for _ in range(count)]
 
     @property
     def resident(self) -> int:
@@ -82,6 +87,33 @@ class BlocksInTurn:
                 fill(source, index, sockets.layout, host)
                 self._lanes.finish(self._lanes.copy(memory, host, self._lanes.mark()))
             sockets.give(sockets.layout.views(memory))
+
+    def free_resident(self) -> None:
+        """From the next forward on the resident blocks wait like the others; their memory on the device is free.
+
+        From system memory: as much of it is needed for them. One that is not there is raised as what it is, and what
+        was freed by then stays so.
+        """
+        if self._feed is None:
+            raise InputError("the blocks are no longer streamed: close was called; load the model again")
+        loaded, room = Loaded(self._sockets), max((slot.memory.nbytes for slot in self._slots), default=0)
+        for index in reversed(range(self._first)):
+            sockets = self._sockets[index]
+            self._feed.keep(index, sockets.layout, loaded)
+            sockets.take_away()
+            self._first = index
+            if sockets.layout.nbytes > room or len(self._slots) < min(self._wanted_slots, len(self._blocks) - index):
+                self._settle_slots()
+                self._slots = []  # before the new ones are made
+                self._slots = self._make_slots()
+                room = self._slots[0].memory.nbytes
+
+    def _settle_slots(self) -> None:
+        """Wait for what is copied to the slots, so that neither end of a copy is freed under it."""
+        for slot in self._slots:
+            coming = slot.coming
+            if coming is not None and coming.done() and coming.exception() is None:
+                self._lanes.finish(coming.result())
 
     def _make_feed(self, place: str, source: Source, layouts: Sequence[Layout]) -> Feed:
         if place == "disk":
@@ -146,10 +178,7 @@ class BlocksInTurn:
         """Stop reading ahead and free what was for it; the model cannot be run after that. Twice does no harm."""
         if self._feed is not None:
             feed, self._feed = self._feed, None
-            for slot in self._slots:  # what is copied from is not freed under a copy
-                coming = slot.coming
-                if coming is not None and coming.done() and coming.exception() is None:
-                    self._lanes.finish(coming.result())
+            self._settle_slots()
             feed.close()
             self._slots.clear()
 

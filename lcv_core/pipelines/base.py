@@ -26,7 +26,8 @@ from lcv_core.text.encoder import TextStates
 from lcv_core.vae.layers import StreamState
 from lcv_core.vae.model import WanVAE, decoder_reach
 from lcv_core.vae.tiling import Tile, Tiling, decode_stream_tiled, encode_tiled
-from lcv_core.weights.lora import load_lora
+from lcv_core.weights.lora import Adapter, load_lora, read_adapter
+from lcv_core.weights.tensors import TensorSource
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Text = TextStates | str | Sequence[str]
@@ -51,7 +52,7 @@ class Components:
 
     text_encoder: needed only where prompts are given as strings.
     adapters: "distill" and "refinement" LoRAs by name (paths or state dicts); each is active only inside the runs that
-        need it: the distilled schedule and refinement.
+        need it: the distilled schedule and refinement. A file is read by the first of them and kept in system memory.
     native: sizes and counts a run takes when it is not told otherwise.
     tiling: decode and encode frames by spatial tiles; None does it whole.
     memory: what to go on with where memory runs out, and the settings so far; None: the error goes through.
@@ -65,6 +66,7 @@ class Components:
     flow_shift: float = schedules.FLOW_SHIFT
     tiling: Tiling | None = None
     memory: Memory | None = None
+    _read: dict[str, tuple[object, Adapter]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -83,11 +85,21 @@ class Components:
         if name not in self.adapters:
             yield
             return
-        handle = load_lora(self.dit, self.adapters[name])
+        source = self.adapters[name]
+        handle = load_lora(self.dit, source if isinstance(source, Mapping) else self.read_adapter(name, source))
         try:
             yield
         finally:
-            handle.remove()
+            handle.remove()  # with its copies on the device; what was read stays
+
+    def read_adapter(self, name: str, path: Path) -> Adapter:
+        """The named adapter's file, from memory where it is still as it was read."""
+        store = TensorSource.open(path)
+        state = self.dit.config, store.stamps
+        if name not in self._read or self._read[name][0] != state:
+            self._read.pop(name, None)  # before another is read: never two in memory
+            self._read[name] = state, read_adapter(self.dit, store, Path(path).name)
+        return self._read[name][1]
 
     def need_vae(self) -> WanVAE:
         if self.vae is None:

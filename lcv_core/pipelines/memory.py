@@ -36,20 +36,35 @@ T = TypeVar("T")
 _NO_TEXT = TextConfig(vocab_size=1, d_model=1, d_kv=1, d_ff=1, num_layers=1, num_heads=1)  # it is encoded elsewhere
 
 
+@dataclass(frozen=True)
+class Change:
+    """What a stage went on with: settings by name, before and after. where: "at step 3". doing: of what, where a run
+    makes several: "segment 2 of 5"."""
+
+    stage: str
+    where: str
+    doing: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
 @dataclass
 class Memory:
     """The settings that a run has now, and its way to others.
 
     say: gets a line for each change. block_files: makes what blocks are read from on disk; None: they cannot be.
-    tried, changed: the changes so far, in words and by name.
+    doing: what is made now, where a run makes several. tried, changed: the changes so far, in words and by name.
+    history: the same with all that is known of them.
     """
 
     planner: Planner
     settings: Settings = field(default_factory=Settings)
     say: Callable[[str], None] = log.warning
     block_files: Callable[[], Source] | None = None
+    doing: str = ""
     tried: list[str] = field(default_factory=list)
     changed: dict[str, Any] = field(default_factory=dict)
+    history: list[Change] = field(default_factory=list)
 
     @classmethod
     def planned(cls, c: Components, job: Job, **fixed: Any) -> Memory:
@@ -106,6 +121,8 @@ class Memory:
                 f" Ask for fewer frames or a smaller height and width; what is finished is kept ({error})"
             )
         self.say(f"{place}; going on with {found.words}")
+        before = {name: getattr(self.settings, name) for name in found.changes}
+        self.history.append(Change(stage, where, self.doing, before, found.changes))
         self.tried.append(found.words)
         self.changed |= found.changes
         self.settings = found.settings
@@ -124,10 +141,13 @@ class Memory:
         c.dit.set_kv_cache(storage=s.cache_storage, place=s.cache_place)
         if "stream" in move.changes:
             self._stream(c, move.changes["stream"])
+        elif "resident" in move.changes:
+            c.dit.free_resident_blocks()
+            self._free()
 
     def _stream(self, c: Components, place: Any) -> None:
         from lcv_core.offload.lanes import lanes_of
-        from lcv_core.offload.turns import BlocksInTurn
+        from lcv_core.offload.turns import BlocksInTurn, blocks_within
 
         source = None
         if place == "disk":
@@ -135,7 +155,9 @@ class Memory:
             source = self.block_files()
             c.dit.stop_streaming()  # before the new slots are made
         c.dit.requires_grad_(False)
-        c.dit.set_streaming(BlocksInTurn(list(c.dit.blocks), lanes_of(c.device), place, source))
+        blocks = list(c.dit.blocks)
+        resident = blocks_within(blocks, self.settings.resident)
+        c.dit.set_streaming(BlocksInTurn(blocks, lanes_of(c.device), place, source, resident=resident))
         self._free()
 
     def sample(self, c: Components, latents: Tensor, sigmas: Tensor, **options: Any) -> Tensor:

@@ -17,6 +17,12 @@ Tiles of the VAE and the place of the text encoder change no weights and are dec
 that fits, the device before the CPU. The schedule, sizes and counts are the user's and stay.
 
 A choice fits where what every stage needs, and `MARGIN` of it for what the allocator loses, is free.
+
+Where blocks are streamed, as many whole ones as there is room for beside that stay on the device: fewer bytes pass the
+link in every forward. They leave `RESERVE` of what each stage needs free, which is twice `MARGIN`. A job that has room
+is not to run out of it for them: what is free shrinks when another program opens a window, activations are counted and
+not yet measured on a GPU, and giving blocks up costs a step, while keeping them saves little or nothing where computing
+takes longest. From disk they are read before the first step; they stay only where that is won back.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ from lcv_core.names import Weights
 from lcv_core.planning.advice import size_text
 from lcv_core.planning.job import Job
 from lcv_core.planning.machine import Machine
-from lcv_core.planning.plan import Models, Plan, Stage, plan_with
+from lcv_core.planning.plan import STREAM_SLOTS, Models, Plan, Stage, plan_with
 from lcv_core.planning.seconds import Work, stage_seconds
 from lcv_core.planning.settings import Settings, sentence
 
@@ -42,6 +48,7 @@ TILES = (0, 512, 256, 128)  # pixels; 384 would need more than 512 does, for its
 PATIENCE = 2.0
 ALIKE = 1.25
 MARGIN = 0.05
+RESERVE = 0.10
 _SHORTEST_WINDOW = 29  # frames
 _WINDOW_STEP = 16
 
@@ -111,7 +118,11 @@ class Planner:
 
     def fits(self, need: StageNeed) -> bool:
         """Whether a stage fits with its margin."""
-        return need.vram * (1 + MARGIN) <= self.machine.free and need.ram <= self.machine.ram
+        return self._has_room(need) and need.ram <= self.machine.ram
+
+    def _has_room(self, need: StageNeed) -> bool:
+        """On the device, that is."""
+        return need.vram * (1 + MARGIN) <= self.machine.free
 
     def steps(self) -> list[Choice]:
         """All choices that fit, best first; see the module. Empty where none does."""
@@ -168,19 +179,39 @@ class Planner:
                 continue
             settings = Settings(
                 weights=weights, stream=stream, cache_storage=storage, cache_place=place, window=window,
-                cfg_mode=self.fixed.get("cfg_mode", "sequential"),
+                cfg_mode=self.fixed.get("cfg_mode", "sequential"), resident=self.fixed.get("resident", 0),
             )  # fmt: skip
-            yield self._completed(settings)
+            yield self.filled(self._completed(settings))
 
     def _completed(self, settings: Settings) -> Choice:
         """With the text on the device and the largest tile, where these fit; else what needs least."""
         tiles = [self.fixed["tile"]] if "tile" in self.fixed else TILES
         settings = replace(settings, text_device="same")
-        if not self.fits(self.choice(settings).stage("text encode")) and self.machine.device == "gpu":
+        if not self._has_room(self.choice(settings).stage("text encode")) and self.machine.device == "gpu":
             settings = replace(settings, text_device=self.fixed.get("text_device", "cpu"))
         tried = [self.choice(replace(settings, tile=tile)) for tile in tiles]
-        fitting = (choice for choice in tried if all(self.fits(need) for need in choice.stages if "VAE" in need.name))
+        fitting = (c for c in tried if all(self._has_room(need) for need in c.stages if "VAE" in need.name))
         return next(fitting, None) or min(tried, key=_vae_need)
+
+    def filled(self, choice: Choice) -> Choice:
+        """With the whole blocks on the device that there is room for, where that takes no longer."""
+        settings, count = choice.settings, self._spare_blocks(choice)
+        if "resident" in self.fixed or settings.stream == "off" or self.machine.device == "cpu" or count < 1:
+            return choice
+        filled = self.choice(replace(settings, resident=count * self.block(settings)))
+        return filled if filled.seconds <= choice.seconds else choice
+
+    def _spare_blocks(self, choice: Choice) -> int:
+        """How many blocks there is room for in every stage in which the transformer is on the device."""
+        names = ("sampling", "VAE encode", "VAE decode") if self.job.together else ("sampling",)
+        peak = max(need.vram for need in choice.stages if need.name.endswith(names))
+        room = int(self.machine.free / (1 + RESERVE)) - peak
+        return min(room // self.block(choice.settings), self.models.dit.depth - STREAM_SLOTS)
+
+    def block(self, settings: Settings) -> int:
+        """Bytes of one of the transformer's blocks."""
+        plan = self.plan(settings)
+        return plan.models.block(plan.job)
 
     def _weights(self) -> Iterable[Weights]:
         if "weights" in self.fixed:

@@ -7,16 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lcv_core.planning.advice import size_text
-from lcv_core.planning.choose import TILES, Choice, Planner, StageNeed
+from lcv_core.planning.choose import AS_STORED, TILES, Choice, Planner, StageNeed
 from lcv_core.planning.settings import Settings, sentence
 
 # By stage, the changes in the order in which they are tried; the weights' form and the windows are what the result is
-# made of and stay. All but the last of sampling change no numbers, or only their rounding.
-_VAE = (*(("tile", tile) for tile in TILES[1:]), ("stream", "ram"), ("stream", "disk"))
+# made of and stay. All but the last of sampling change no numbers, or only their rounding. Blocks that stay on the
+# device go first: they are there for speed alone.
+_RESIDENT = ("resident", 0)
+_VAE = (_RESIDENT, *(("tile", tile) for tile in TILES[1:]), ("stream", "ram"), ("stream", "disk"))
 MOVES: dict[str, tuple[tuple[str, Any], ...]] = {
     "text encode": (("text_device", "cpu"),),
     "sampling": (
-        ("cfg_mode", "sequential"), ("cache_place", "cpu"), ("stream", "ram"), ("stream", "disk"),
+        _RESIDENT, ("cfg_mode", "sequential"), ("cache_place", "cpu"), ("stream", "ram"), ("stream", "disk"),
         ("cache_storage", "fp8"),
     ),
     "VAE encode": _VAE,
@@ -48,21 +50,35 @@ def moves(planner: Planner, settings: Settings, stage: str, *, host: bool = Fals
     """
     now = stage_need(planner.choice(settings), stage)
     on_cpu = planner.machine.device == "cpu"
+    disk = disk and settings.weights in AS_STORED
     for name, value in MOVES[stage]:
         if name in planner.fixed or not _onward(name, getattr(settings, name), value):
             continue
         if name == "stream" and (on_cpu or (value == "disk" and not disk)):
             continue
-        changed = replace(settings, **{name: value})
-        then = stage_need(planner.choice(changed), stage)
-        if now is None or then is None:
-            better = True
-        elif host or on_cpu:
-            better = then.ram < now.ram
-        else:
-            better = then.vram < now.vram and then.ram <= max(planner.machine.ram, now.ram)
-        if better:
-            yield Move(changed, {name: value})
+        if name == "resident" and host:
+            continue
+        for changes in _ways(planner, settings, name, value, disk=disk):
+            changed = replace(settings, **changes)
+            then = stage_need(planner.choice(changed), stage)
+            if now is None or then is None:
+                better = True
+            elif host or on_cpu:
+                better = then.ram < now.ram
+            else:
+                better = then.vram < now.vram and then.ram <= max(planner.machine.ram, now.ram)
+            if better:
+                yield Move(changed, changes)
+                break
+
+
+def _ways(planner: Planner, settings: Settings, name: str, value: Any, *, disk: bool) -> list[dict[str, Any]]:
+    """How a setting can change. Blocks that leave the device wait with the others, or where system memory has no room
+    for them all of them on disk."""
+    ways: list[dict[str, Any]] = [{name: value}]
+    if name == "resident" and settings.stream == "ram" and disk and "stream" not in planner.fixed:
+        ways.append({"resident": value, "stream": "disk"})
+    return ways
 
 
 def remaining(planner: Planner, choice: Choice) -> dict[str, list[str]]:
@@ -92,5 +108,7 @@ def stage_need(choice: Choice, stage: str) -> StageNeed | None:
 def _onward(name: str, now: Any, value: Any) -> bool:
     if name == "tile":
         return now == 0 or value < now
+    if name == "resident":
+        return value < now
     order = _ORDER[name]
     return order.index(value) > order.index(now)

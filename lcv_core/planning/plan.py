@@ -18,6 +18,7 @@ from lcv_core.planning.transformer import (
     dit_parameters,
     matrix_rows,
     outer_parameters,
+    stored_adapter_bytes,
 )
 from lcv_core.planning.vae import decode_bytes, decoder_state_bytes, encode_bytes, vae_parameters
 from lcv_core.shapes import SPACE_FACTOR, latent_shape, num_latents, num_pixel_frames
@@ -78,11 +79,15 @@ class Models:
         """Bytes of one of its blocks, where it is streamed: the gaps between its tensors counted."""
         return math.ceil((self.transformer_weights(job) - self.outside_blocks(job)) / self.dit.depth) + _GAPS
 
+    def resident_blocks(self, job: Job) -> int:
+        """Whole blocks that stay on the device with streaming."""
+        return 0 if job.stream == "off" else min(job.resident // self.block(job), self.dit.depth)
+
     def transformer_on_device(self, job: Job) -> int:
         """Bytes of the transformer on the device while it runs, and between two runs."""
         if job.stream == "off":
             return self.transformer_weights(job)
-        resident = min(job.resident // self.block(job), self.dit.depth) * self.block(job)
+        resident = self.resident_blocks(job) * self.block(job)
         slots = min(self.dit.depth, STREAM_SLOTS) * self.block(job)
         return min(self.transformer_weights(job), self.outside_blocks(job) + resident + slots)
 
@@ -90,9 +95,24 @@ class Models:
         """Bytes of system memory that streaming takes: the blocks that wait, or those that are read from disk."""
         if job.stream == "off" or job.device == "cpu":
             return 0
-        if job.stream == "ram":
-            return self.block(job) * (self.dit.depth + 1)  # one more, while it is copied to where it waits
-        return self.block(job) * _STAGED
+        waiting = self.dit.depth - self.resident_blocks(job)
+        return self.block(job) * (waiting if job.stream == "ram" else _STAGED)
+
+    def ram(self, job: Job, others: int) -> int:
+        """Bytes of system memory of a stage that has `others` there beside the transformer, or of loading this."""
+        running = self.transformer_in_ram(job) + others + self.adapters_in_ram(job)
+        if job.stream != "ram" or job.device == "cpu":
+            return running
+        return max(running, self.block(job) * (self.dit.depth + 1))  # all are there, and one is copied to its place
+
+    def adapters_in_ram(self, job: Job) -> int:
+        """Bytes of the adapters as stored, which stay in system memory; on a CPU they are counted where they work."""
+        if job.device == "cpu" or not job.together or job.adapters != "runtime":
+            return 0
+        names: list[AdapterName] = ["distill"] if job.schedule == "distilled" and not job.refine_only else []
+        if job.refine is not None:
+            names.append("refinement")
+        return job.extra_weights + sum(stored_adapter_bytes(self.dit, name) for name in names)
 
     def vae_weights(self, job: Job) -> int:
         return vae_parameters(self.vae) * ITEMSIZE[job.vae_dtype]
@@ -207,8 +227,7 @@ def _sampling_stage(models: Models, job: Job, name: str, run: Sampling, adapter:
         weights += job.extra_weights
         run = replace(run, adapters=True)
     kept = run.kv_cache_kept(models.dit) if job.cache_place == "cpu" and job.device != "cpu" else 0
-    ram = models.transformer_in_ram(job) + kept
-    return Stage(name, weights, run.activations(models.dit), run.kv_cache(models.dit), ram)
+    return Stage(name, weights, run.activations(models.dit), run.kv_cache(models.dit), models.ram(job, kept))
 
 
 def _with_decoder(models: Models, job: Job, stage: Stage, size: tuple[int, int]) -> Stage:
@@ -243,12 +262,12 @@ def _vae_stage(models: Models, job: Job, name: str, alive: int, pixels: int, *, 
     weights = models.vae_weights(job)
     if not job.together:
         return Stage(name, weights, alive + pixels)
-    weights += models.transformer_on_device(job)
+    weights += models.transformer_on_device(job) + job.extra_weights
     # Pixels of other ranges, the picture that is resized, and what is handed to the next clip: copies of parts.
     clip = 2 * pixels if whole else 0
     if job.device == "cpu":
         return Stage(name, weights, alive + clip)
-    return Stage(name, weights, alive, ram=models.transformer_in_ram(job) + clip)
+    return Stage(name, weights, alive, ram=models.ram(job, clip))
 
 
 def _pixel_bytes(latents: tuple[int, int, int], batch: int) -> int:

@@ -79,8 +79,10 @@ def _vae(name: str, models: Models, job: Job, machine: Machine, latents: tuple[i
 
 def _load(models: Models, job: Job, machine: Machine) -> float:
     """Reading the transformer, whatever it becomes in memory; once for the sampling of a clip and of its refinement."""
+    if job.stream == "disk":  # those that stay on the device; the others are read meanwhile
+        return models.resident_blocks(job) * models.block(job) / machine.speed.disk
     whole = models.transformer_weights(job) / ITEMSIZE[job.weight_dtype] * _STORED
-    return 0.0 if job.stream == "disk" else float(whole) / machine.speed.disk
+    return float(whole) / machine.speed.disk
 
 
 def _sampling(
@@ -100,7 +102,7 @@ def _sampling(
     computing = operations / (speed.flops * _SHARE[machine.device, "transformer"])
     if job.copies:
         computing += _PIECES * matrices * (ITEMSIZE[job.weight_dtype] + 2 * _STORED) / speed.memory
-    moved = models.block(job) * config.depth if job.stream != "off" else 0
+    moved = models.block(job) * (config.depth - models.resident_blocks(job)) if job.stream != "off" else 0
     moving = moved / (speed.disk if job.stream == "disk" else speed.link)
     if job.cache_place == "cpu" and machine.device == "gpu" and cond and job.kv_cache:
         moving += 4.0 * cond * h * w * config.hidden_size * config.depth / speed.link

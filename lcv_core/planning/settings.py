@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from lcv_core.names import CachePlace, CacheStorage, CfgMode, Streaming, Weights
+from lcv_core.planning.advice import size_text
 from lcv_core.planning.job import Job, WeightDtype
 
 
@@ -13,13 +14,15 @@ from lcv_core.planning.job import Job, WeightDtype
 class Settings:
     """What a plan decides.
 
-    weights: "plain" or a form of fewer bits. stream: where the transformer's blocks wait. cache_storage, cache_place:
-    of the KV cache. cfg_mode: how both branches of guidance run. tile: pixels of the VAE's tiles, 0 for none. window:
-    frames refined at once, None for the model's own count. text_device: where the text is encoded.
+    weights: "plain" or a form of fewer bits. stream: where the transformer's blocks wait. resident: bytes of them that
+    stay on the device all the same. cache_storage, cache_place: of the KV cache. cfg_mode: how both branches of
+    guidance run. tile: pixels of the VAE's tiles, 0 for none. window: frames refined at once, None for the model's own
+    count. text_device: where the text is encoded.
     """
 
     weights: Weights = "plain"
     stream: Streaming = "off"
+    resident: int = 0
     cache_storage: CacheStorage = "model"
     cache_place: CachePlace = "device"
     cfg_mode: CfgMode = "sequential"
@@ -38,9 +41,9 @@ class Settings:
             overlap = min(refine.overlap, self.window // 2)
             refine = replace(refine, window=self.window, overlap=overlap)
         return replace(
-            job, weight_dtype=weight_dtype(self.weights, job), stream=self.stream, cache_storage=self.cache_storage,
-            cache_place=self.cache_place, guidance=job.guidance if job.guidance == "off" else self.cfg_mode,
-            vae_tile=self.tile, text_device=self.text_device, refine=refine,
+            job, weight_dtype=weight_dtype(self.weights, job), stream=self.stream, resident=self.resident,
+            cache_storage=self.cache_storage, cache_place=self.cache_place, vae_tile=self.tile, refine=refine,
+            guidance=job.guidance if job.guidance == "off" else self.cfg_mode, text_device=self.text_device,
         )  # fmt: skip
 
 
@@ -71,6 +74,8 @@ def words(name: str, value: Any) -> str:
         return "plain weights" if value == "plain" else f"{value} weights"
     if name == "tile":
         return f"VAE tiles of {value} pixels" if value else "whole frames in the VAE"
+    if name == "resident":
+        return f"{size_text(value)} of blocks kept on the device" if value else "no blocks kept on the device"
     if name == "window":
         return f"windows of {value} frames" if value else "windows as released"
     return _WORDS[name][value]

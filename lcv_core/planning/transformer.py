@@ -53,18 +53,27 @@ def largest_weight(config: DiTConfig) -> int:
 
 def adapter_bytes(config: DiTConfig, name: AdapterName, itemsize: int) -> int:
     """An official adapter at run time. Layers with several parts keep their down matrices twice, joined and apart."""
-    C, A, F = config.hidden_size, config.adaln_tembed_dim, config.ffn_dim
+    return sum(
+        count * RANK * (parts * inputs * (2 if parts > 1 else 1) + outputs) * (FP32 if island else itemsize)
+        for count, parts, inputs, outputs, island in _adapted_layers(config, name)
+    )
 
-    def layer(parts: int, inputs: int, outputs: int, size: int = itemsize) -> int:
-        return RANK * (parts * inputs * (2 if parts > 1 else 1) + outputs) * size
 
-    block = layer(3, C, 3 * C) + layer(2, C, 2 * C) + 2 * layer(1, C, C) + 2 * layer(1, C, F) + layer(1, F, C)
-    if name == "distill":
-        return config.depth * block
-    # What it adds is in the fp32 islands.
-    block += layer(6, A, 6 * C, FP32)
-    head = math.prod(config.patch_size) * config.out_channels
-    return config.depth * block + layer(2, A, 2 * C, FP32) + layer(1, C, head, FP32)
+def stored_adapter_bytes(config: DiTConfig, name: AdapterName) -> int:
+    """An official adapter as it is stored, in fp32, and kept in system memory for the next time."""
+    layers = _adapted_layers(config, name)
+    return sum(count * RANK * (parts * inputs + outputs) * FP32 for count, parts, inputs, outputs, _ in layers)
+
+
+def _adapted_layers(config: DiTConfig, name: AdapterName) -> list[tuple[int, int, int, int, bool]]:
+    """(how many, parts, inputs, outputs, whether in an fp32 island) of the layers that an official adapter has."""
+    C, A, F, D = config.hidden_size, config.adaln_tembed_dim, config.ffn_dim, config.depth
+    layers = [(D, 3, C, 3 * C), (D, 2, C, 2 * C), (2 * D, 1, C, C), (2 * D, 1, C, F), (D, 1, F, C)]
+    islands: list[tuple[int, int, int, int]] = []
+    if name == "refinement":
+        head = math.prod(config.patch_size) * config.out_channels
+        islands = [(D, 6, A, 6 * C), (1, 2, A, 2 * C), (1, 1, C, head)]
+    return [(*layer, False) for layer in layers] + [(*layer, True) for layer in islands]
 
 
 def kv_cache_bytes(config: DiTConfig, grid: Grid, num_cond_latents: int, itemsize: int = 2) -> int:

@@ -236,6 +236,21 @@ def concat_videos(paths: Iterable[str | Path], out: str | Path, *, metadata: dic
                     raise InputError(f"{part} has {done - offset} of {stream.frames} frames; write it again")
 
 
+def rewrite_metadata(path: str | Path, metadata: dict[str, Any]) -> None:
+    """Other settings into a finished video; its frames and their times stay, nothing is encoded again."""
+    path = _video_target(path)
+    with (
+        replacing(path) as temporary,
+        _open_output(temporary, path, metadata) as output,
+        open_video(path) as (source, stream),
+    ):
+        target = output.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.size:  # not the demuxer's end mark
+                packet.stream = target
+                output.mux(packet)
+
+
 def _joint_timing(parts: list[Path]) -> tuple[Fraction, int]:
     """The frame rate of all parts, and by how many frames decoding runs ahead of display in any of them."""
     names = ("codec", "width", "height", "pixel format", "frame rate", "encoder settings")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lcv_core.errors import InputError
 from lcv_core.weights.assemble import some
 from lcv_core.weights.lora_read import Delta, LoraReport, linear_layers, prepare, read_lora
-from lcv_core.weights.tensors import StateDict, TensorSource
+from lcv_core.weights.tensors import StateDict, TensorSource, TensorStore
 
 log = logging.getLogger("lcv_core")
 
@@ -60,17 +60,35 @@ class LoraHandle:
         self.remove()
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in memory, as stored: `load_lora` puts it on any model of the shapes it was read for, any number of
+    times. Whoever it is on shares these tensors."""
+
+    deltas: Mapping[str, list[Delta]]
+    report: LoraReport
+
+
+def read_adapter(dit: nn.Module, store: TensorStore, name: str) -> Adapter:
+    """Read an adapter for a model and log the targets that it has no place for. Raises as `load_lora`."""
+    deltas, report = read_lora(dit, store, name)
+    if report.unmatched:
+        log.warning("%s: %d targets are not in the model: %s", name, len(report.unmatched), some(report.unmatched))
+    return Adapter(deltas, report)
+
+
 def load_lora(
     dit: nn.Module,
-    adapter: str | Path | Mapping[str, Tensor],
+    adapter: str | Path | Mapping[str, Tensor] | Adapter,
     strength: float = 1.0,
     *,
     mode: Mode = "runtime",
 ) -> LoraHandle:
     """Put an adapter on the model: y = base(x) + strength * scale * (x down^T) up^T for each of its target layers.
 
-    adapter: a safetensors file (or folder with one) or its tensors, in any dialect of `lora_keys`. Ranks may differ
-        between targets. scale is alpha_scale as stored (official files), else alpha / rank, else 1.
+    adapter: a safetensors file (or folder with one) or its tensors, in any dialect of `lora_keys`, or what
+        `read_adapter` gave. Ranks may differ between targets. scale is alpha_scale as stored (official files), else
+        alpha / rank, else 1.
     mode: "runtime" hooks the layers and leaves weights and names alone; the branch runs in the dtype and on the device
         of the layer's input, so it follows the model when it moves and is fp32 inside the fp32 islands. "merged"
         changes the weights (computed in fp32) and keeps the originals of the touched layers in CPU memory.
@@ -80,17 +98,15 @@ def load_lora(
     if mode not in ("runtime", "merged"):
         raise InputError(f'mode must be "runtime" or "merged", got {mode!r}')
     if isinstance(adapter, Mapping):
-        name, store = "the adapter", StateDict({key: tensor.detach() for key, tensor in adapter.items()})
-    else:
-        name, store = Path(adapter).name, TensorSource.open(adapter)
-    deltas, report = read_lora(dit, store, name)
+        tensors = {key: tensor.detach() for key, tensor in adapter.items()}
+        adapter = read_adapter(dit, StateDict(tensors), "the adapter")
+    elif not isinstance(adapter, Adapter):
+        adapter = read_adapter(dit, TensorSource.open(adapter), Path(adapter).name)
     layers = linear_layers(dit)
     if mode == "merged":
-        _check_mergeable({target: layers[target] for target in deltas})
-    if report.unmatched:
-        log.warning("%s: %d targets are not in the model: %s", name, len(report.unmatched), some(report.unmatched))
-    handle = LoraHandle(report, mode, float(strength))
-    for target, parts in deltas.items():
+        _check_mergeable({target: layers[target] for target in adapter.deltas})
+    handle = LoraHandle(adapter.report, mode, float(strength))
+    for target, parts in adapter.deltas.items():
         layer = layers[target]
         if mode == "runtime":
             handle._hooks.append(layer.register_forward_hook(_Branch(handle, parts)))

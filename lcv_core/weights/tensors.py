@@ -248,6 +248,11 @@ class TensorSource:
         return source
 
     @property
+    def stamps(self) -> tuple[tuple[Path, Stamp], ...]:
+        """The files, and what tells whether they are still the same."""
+        return tuple((file.path, file.stamp) for file in self.files)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors as stored."""
         return sum(file.size - file.data_start for file in self.files)

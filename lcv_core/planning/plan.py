@@ -250,11 +250,16 @@ def _encode_stage(models: Models, job: Job, name: str, latents: tuple[int, int, 
 
 def _decode_stage(models: Models, job: Job, name: str, latents: tuple[int, int, int], batch: int) -> Stage:
     alive = decode_bytes(models.vae, latents, batch=batch, itemsize=ITEMSIZE[job.vae_dtype], tiling=job.tiling)
+    waits = 0  # latents that the decoder can be made of anew, in system memory
     if job.together:
         frames, reach = latents[0], decoder_reach(models.vae)
+        alive += batch * _seen_bytes(models.vae, 2 * frames, latents[1:])  # the clip's, and un-normalised
         kept = reach if job.decoder_waits else min(frames, reach)
-        alive += batch * _seen_bytes(models.vae, 2 * frames + kept, latents[1:])  # the clip's, and un-normalised
-    return _vae_stage(models, job, name, alive, _pixel_bytes(latents, batch), whole=job.keeps_frames)
+        waits = batch * _seen_bytes(models.vae, kept, latents[1:])
+    if job.device == "cpu":
+        alive, waits = alive + waits, 0
+    stage = _vae_stage(models, job, name, alive, _pixel_bytes(latents, batch), whole=job.keeps_frames)
+    return replace(stage, ram=stage.ram + waits)
 
 
 def _vae_stage(models: Models, job: Job, name: str, alive: int, pixels: int, *, whole: bool) -> Stage:

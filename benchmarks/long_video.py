@@ -4,7 +4,7 @@
     python benchmarks/long_video.py --tiny --out DIR # the same with few and small ones: shows that it runs
 
 What runs is what `lcv long` and `lcv refine` run, on the miniature that comes with the package: text encoder, sampling
-with the distilled schedule, KV cache, decoding, encoding the hand-over, latents and pieces of video written to disk,
+with the distilled schedule, KV cache, decoding, the hand-over, latents and pieces of video written to disk,
 all joined at the end. Each job has a process of its own. As many segments again, tiny ones, run with all calls of
 functions counted: that work of a segment does not grow can be seen on a busy machine too.
 """

@@ -1,4 +1,4 @@
-"""The block's Triton kernels compiled for GPUs that are not there: registers, spills, shared memory, CTAs per SM.
+"""lcv_core's Triton kernels compiled for GPUs that are not there: registers, spills, shared memory, CTAs per SM.
 
     python benchmarks/aot.py [--arch sm_90 ...] [--out FILE] [--gate]      # --gate fails where a kernel spills
 
@@ -27,14 +27,17 @@ from lcv_core.config import LONGCAT_VIDEO
 from lcv_core.dit.frames import share_timesteps
 from lcv_core.dit.kernels import fused
 from lcv_core.dit.rope import rope_table
+from lcv_core.quant import row_kernels
 
 RESULTS = Path(__file__).resolve().parent / "aot.csv"
 DTYPE = torch.bfloat16
+NO_FP8 = ("sm_80", "gfx942")  # has no e4m3 of this kind
 
 
 def launchers() -> dict[str, Callable[[], object]]:
     """What launches each kernel in each of its forms, on tensors whose values do not matter."""
-    C, H, D = LONGCAT_VIDEO.hidden_size, LONGCAT_VIDEO.num_heads, LONGCAT_VIDEO.head_dim
+    config = LONGCAT_VIDEO
+    C, H, D = config.hidden_size, config.num_heads, config.head_dim
     grid = (2, 4, 4)
     _, frames = share_timesteps(torch.tensor([[0.0, 500.0]]), 16)
     x, update = torch.zeros(2, 1, 32, C, dtype=DTYPE)
@@ -43,19 +46,31 @@ def launchers() -> dict[str, Callable[[], object]]:
     affine = layers.LayerNorm(C, eps=1e-6, dtype=DTYPE)
     norm, rope = layers.RMSNorm(D, eps=1e-6, dtype=DTYPE), rope_table(grid, D, torch.device("cpu"))
     q = torch.zeros(1, 32, 3, H, D, dtype=DTYPE)[:, :, 0]
+    wide = torch.zeros(2, config.ffn_dim, dtype=DTYPE)
+    sums, out = torch.zeros(2, C, dtype=torch.int32), torch.zeros(2, C, dtype=DTYPE)
     return {
         "norm + modulate": lambda: fused.modulate(x, bare, shift, scale, frames),
         "norm": lambda: fused.layer_norm(x, affine),
         "gated add": lambda: fused.gated_add_(x, gate, update, frames),
         "norm + rope": lambda: fused.norm_rope(q, norm, rope, q),
         "q norm": lambda: fused.norm_rope(q, norm, None, q),
+        "to int8": lambda: row_kernels.quantise_rows(x[0], "int8"),
+        "to fp8": lambda: row_kernels.quantise_rows(x[0], "fp8"),
+        "to fp8, feed-forward": lambda: row_kernels.quantise_rows(wide, "fp8"),
+        "int8 sums": lambda: row_kernels.scale_sums(sums, gate[:, :1], gate[0], gate[0], out),
     }
 
 
 def rows(architectures: list[str]) -> list[tuple[str, Measured]]:
     with torch.no_grad():
         launches = {name: launches_of(launcher) for name, launcher in launchers().items()}
-    return [(name, measure(one, arch)) for arch in architectures for name, each in launches.items() for one in each]
+    return [
+        (name, measure(one, arch))
+        for arch in architectures
+        for name, each in launches.items()
+        if not ("fp8" in name and arch in NO_FP8)
+        for one in each
+    ]
 
 
 def main() -> int:

@@ -19,9 +19,9 @@ from lcv_core.quant.blocks import SIZES, dequantise_blocks
 
 PIECE = 1 << 22  # elements that are in fp32 at once
 BY_ROW = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2, "int8": torch.int8}
-_LARGEST = {"fp8": 448.0, "int8": 127.0}
+LARGEST = {"fp8": 448.0, "int8": 127.0}
 _FITS = {"Q8_0": fit.q8_0, "Q5_K": fit.q5_k, "Q4_K": fit.q4_k}
-QUANTISABLE = (*_LARGEST, *_FITS)
+QUANTISABLE = (*LARGEST, *_FITS)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _quantise_piece(kind: str, w: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def to_kind(x: Tensor, kind: str) -> Tensor:
     """Scaled fp32 values in the dtype of "fp8" or "int8": to the nearest, even numbers from the middle."""
-    x = x.clamp(-_LARGEST[kind], _LARGEST[kind])  # fp8 has no infinity: what is too large would be NaN
+    x = x.clamp(-LARGEST[kind], LARGEST[kind])  # fp8 has no infinity: what is too large would be NaN
     return (x.round() if kind == "int8" else x).to(BY_ROW[kind])
 
 
@@ -120,7 +120,7 @@ def scales_of(x: Tensor, kind: str) -> Tensor:
 
     A row of zeros, or of numbers whose scale fp32 cannot hold, gets the smallest scale there is.
     """
-    return (x.abs().amax(dim=1, keepdim=True) / _LARGEST[kind]).clamp_min(torch.finfo(torch.float32).tiny)
+    return (x.abs().amax(dim=1, keepdim=True) / LARGEST[kind]).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def dequantise(q: Quantised, first: int = 0, last: int | None = None) -> Tensor:

@@ -95,12 +95,13 @@ class Linear(layers.Linear):
         x = input.reshape(-1, self.in_features)
         if self.matmul == "weight-only":
             out = weight_only_matmul(x, self.held)
+            if bias is not None:
+                out += bias.to(out.dtype)
         else:
-            multiply = int8_matmul if self.matmul == "int8" else fp8_matmul
-            parts = [multiply(x, q) for q in self.held]
+            multiply, held = int8_matmul if self.matmul == "int8" else fp8_matmul, self.held
+            biases = [None] * len(held) if bias is None else bias.split([q.rows for q in held])
+            parts = [multiply(x, q, own) for q, own in zip(held, biases, strict=True)]
             out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        if bias is not None:
-            out += bias.to(out.dtype)
         return out.view(*input.shape[:-1], self.out_features)
 
 

@@ -1,17 +1,24 @@
 """Multiplying in eight bits: activations are quantised token by token, weights have a scale for each output channel.
 
 y[t, o] = scale_x[t] * scale_w[o] * sum_i x8[t, i] * w8[o, i]. The sum is exact in int8 (in int32: 11,008 terms of at
-most 127 * 127) and that of the tensor cores in fp8.
+most 127 * 127) and that of the tensor cores in fp8. On a GPU with Triton `row_kernels` quantise and scale, elsewhere
+PyTorch's passes do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from lcv_core.quant.formats import Quantised, in_dtype, scales_of, to_kind
+
+log = logging.getLogger("lcv_core")
 
 TOKENS = 4096  # multiplied at once: the sums of a chunk are in 32 bits
 _FP8_CAPABILITY = (8, 9)  # of the first GPUs that multiply fp8
@@ -47,24 +54,88 @@ def weight_only_matmul(x: Tensor, parts: Sequence[Quantised]) -> Tensor:
     return out
 
 
-def int8_matmul(x: Tensor, q: Quantised) -> Tensor:
-    """x [n, columns] times an int8 weight: [n, rows] in x's dtype. The scales are multiplied in fp32."""
+def int8_matmul(x: Tensor, q: Quantised, bias: Tensor | None = None) -> Tensor:
+    """x [n, columns] times an int8 weight, plus a bias [rows]: [n, rows] in x's dtype. Scales and bias in fp32."""
     assert q.scale is not None
-    rows = q.scale
-
-    def multiply(wide: Tensor) -> Tensor:
-        scale = scales_of(wide, "int8")
-        return _integer(to_kind(wide / scale, "int8"), q.data).float().mul_(scale).mul_(rows)
-
-    return _in_pieces(x, q.rows, multiply)
-
-
-def _in_pieces(x: Tensor, rows: int, multiply: Callable[[Tensor], Tensor]) -> Tensor:
-    """[n, rows] in x's dtype: `multiply` of x in fp32, some tokens at a time."""
-    out = x.new_empty(x.shape[0], rows)
-    for here, tokens in zip(out.split(TOKENS), x.split(TOKENS), strict=True):
-        here.copy_(multiply(tokens.float()))
+    kernels = row_kernels(x.device)
+    out = x.new_empty(x.shape[0], q.rows)
+    for here, tokens in _pieces(out, x):
+        data, scale = _quantised(tokens, "int8", kernels)
+        sums = _integer(data, q.data)
+        if kernels is not None and sums.dtype == torch.int32:
+            kernels.scale_sums(sums, scale, q.scale, bias, here)
+            continue
+        y = sums.float().mul_(scale).mul_(q.scale)
+        here.copy_(y if bias is None else y.add_(bias.float()))
     return out
+
+
+def fp8_matmul(x: Tensor, q: Quantised, bias: Tensor | None = None) -> Tensor:
+    """x [n, columns] times an fp8 weight, plus a bias [rows]: [n, rows] in x's dtype, by way of bf16."""
+    assert q.scale is not None
+    kernels, columns = row_kernels(x.device), q.scale[None]
+    out = x.new_empty(x.shape[0], q.rows)
+    for here, tokens in _pieces(out, x):
+        data, scale = _quantised(tokens, "fp8", kernels)
+        result = torch.ops.aten._scaled_mm(
+            data, q.data.t(), scale, columns, None if bias is None else bias.to(torch.bfloat16),
+            out_dtype=torch.bfloat16, use_fast_accum=True,
+        )  # fmt: skip
+        here.copy_(result)
+    return out
+
+
+def _pieces(out: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of both, some tokens at a time."""
+    return zip(out.split(TOKENS), x.split(TOKENS), strict=True)
+
+
+def _quantised(x: Tensor, kind: str, kernels: ModuleType | None) -> tuple[Tensor, Tensor]:
+    """Rows in "int8" or "fp8" and their scales [n, 1]."""
+    if kernels is not None and x.stride(-1) == 1:
+        return kernels.quantise_rows(x, kind)
+    wide = x.float()
+    scale = scales_of(wide, kind)
+    return to_kind(wide / scale, kind), scale
+
+
+def row_kernels(device: torch.device) -> ModuleType | None:
+    """Triton's kernels where they run and are right; None elsewhere, and for a compiler, which fuses the passes."""
+    if device.type != "cuda" or torch.compiler.is_compiling() or importlib.util.find_spec("triton") is None:
+        return None
+    return _proven_kernels(device)
+
+
+@lru_cache(maxsize=16)
+def _proven_kernels(device: torch.device) -> ModuleType | None:
+    try:
+        from lcv_core.quant import row_kernels as kernels
+
+        reason = check_row_kernels(kernels, device)
+    except Exception as error:  # without a C compiler, or with a Triton for another driver, it fails in many ways
+        kernels, reason = None, f"they fail on {device} ({type(error).__name__}: {error})"
+    if reason is not None:
+        log.warning("activations are quantised by PyTorch, which is slower; Triton's kernels: %s", reason)
+        return None
+    return kernels
+
+
+def check_row_kernels(kernels: ModuleType, device: torch.device) -> str | None:
+    """Which of the kernels differ from PyTorch's passes on a few tokens; None where none does."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 48, generator=g).mul_(torch.logspace(-3, 2, 5)[:, None]).to(device, torch.float16)
+    wrong = []
+    for kind in ("int8", *(("fp8",) if fp8_refusal(device) is None else ())):
+        got, expected = kernels.quantise_rows(x, kind), _quantised(x, kind, None)
+        # a step of fp8 is an eighth at most, one of int8 is 1
+        if not all(torch.allclose(a.float(), b.float(), rtol=0.125) for a, b in zip(got, expected, strict=True)):
+            wrong.append(f"quantising to {kind}")
+    sums, out = torch.arange(5 * 48, device=device, dtype=torch.int32).view(5, 48), torch.empty_like(x)
+    rows, columns = torch.logspace(-3, 0, 5, device=device)[:, None], torch.linspace(0.5, 1.5, 48, device=device)
+    kernels.scale_sums(sums, rows, columns, columns, out)
+    if not torch.allclose(out.float(), sums.float() * rows * columns + columns, rtol=1e-2, atol=1e-2):
+        wrong.append("scaling sums")
+    return f"they are wrong on {device}: {', '.join(wrong)}" if wrong else None
 
 
 def _integer(a: Tensor, b: Tensor) -> Tensor:
@@ -82,17 +153,3 @@ def _integer(a: Tensor, b: Tensor) -> Tensor:
 def exact_integer(a: Tensor, b: Tensor) -> Tensor:
     """The same in fp64, in which every sum of so few whole numbers is exact."""
     return a.double() @ b.double().t()
-
-
-def fp8_matmul(x: Tensor, q: Quantised) -> Tensor:
-    """x [n, columns] times an fp8 weight: [n, rows] in x's dtype, by way of bf16."""
-    assert q.scale is not None
-    columns = q.scale[None]
-
-    def multiply(wide: Tensor) -> Tensor:
-        scale = scales_of(wide, "fp8")
-        return torch.ops.aten._scaled_mm(
-            to_kind(wide / scale, "fp8"), q.data.t(), scale, columns, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-
-    return _in_pieces(x, q.rows, multiply)

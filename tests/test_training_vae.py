@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from lcv_core.config import VAEConfig
 from lcv_core.errors import InputError
+from lcv_core.miniature import miniature
 from lcv_core.training import trainer as trainer_module
 from lcv_core.training.autoencoder import (
     Autoencoder,
@@ -260,6 +263,64 @@ def test_it_learns_and_comes_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert math.isfinite(float(vae.decode(vae.denormalize(torch.zeros(1, 16, 2, 2, 2))).sum()))
 
 
+def trained(folder: Path) -> Path:
+    """A checkpoint of an untrained VAE, whose latents have statistics that no clip gives."""
+    stage = make_stage()
+    stage.export(stage.model, folder)
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    config |= {"latents_mean": [0.25] * 16, "latents_std": [2.0] * 16}
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def going_on(folder: Path, **changes: Any) -> VAEStage:
+    recipe = make_recipe(**changes)
+    stage = build_stage(dataclasses.replace(recipe, model={"checkpoint": str(folder)}))
+    assert isinstance(stage, VAEStage)
+    return stage
+
+
+def test_it_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """With its weights and width, and the statistics that models of its latents know."""
+    folder = trained(tmp_path / "first")
+    stage = going_on(folder)
+    before = open_checkpoint(folder).load_vae()
+    assert stage.model.vae.config == before.config and before.config.base_dim == 8
+    for name, p in stage.model.vae.state_dict().items():
+        assert p.equal(before.state_dict()[name])
+    with torch.no_grad():
+        stage.model.vae.quant_conv.weight.mul_(1.5)
+    stage.export(stage.model, tmp_path / "second")
+    after = open_checkpoint(tmp_path / "second").load_vae()
+    assert after.config == before.config
+    assert not after.quant_conv.weight.equal(before.quant_conv.weight)
+
+
+def test_an_anchor_holds_latents_but_those_of_textures(tmp_path: Path) -> None:
+    folder = trained(tmp_path)
+    kinds = {s: [{"source": s, "num_frames": 5, "height": 16, "width": 16}] for s in ("base", "upsampled", "refined")}
+    free, held = ({"objective": {"anchor": weight}} for weight in (0.0, 2.0))
+    for source, material in kinds.items():
+        stages = [going_on(folder, data={"material": material}, **objective) for objective in (free, held)]
+        batch = stages[0].batch(Place(0, 0, [0, 1]))
+        for stage in stages:
+            with torch.no_grad():
+                stage.model.vae.quant_conv.bias[:16] += 1.0  # half a standard deviation
+        losses = [s.loss(s.model, batch | {"objective": s.objectives[0]})[0].item() for s in stages]
+        assert losses[1] - losses[0] == pytest.approx(0.0 if source == "refined" else 2.0 * 0.5**2, abs=1e-4)
+
+
+def test_textures_and_motions_come_in_turn() -> None:
+    kind = Material("refined", 1, textures=("checks", "dots", "checks"), motions=("spins",))
+    assert [kind.fixed(n)["texture"] for n in range(5)] == ["checks", "dots", "checks", "checks", "dots"]
+    assert kind.fixed(7)["motion"] == "spins" and Material("base", 1).fixed(3) == {}
+    material = [{"source": "refined", "num_frames": 1, "height": 32, "width": 32, "textures": ["stripes"]}]
+    plain = [{**material[0], "textures": ["none"]}]
+    size = {"height": 64, "width": 96}  # shown at 128x192, which is fine enough
+    striped, bare = (make_stage(data={"material": m, **size}).batch(Place(0, 0, [0, 1])) for m in (material, plain))
+    assert striped["names"] == bare["names"] and not striped["frames"].equal(bare["frames"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -272,6 +333,9 @@ def test_it_learns_and_comes_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"data": {"material": [{"source": "fine", "num_frames": 1}]}}, "source must be 'base', 'refined' or"),
         ({"objective": {"l1": 0, "l2": 0}}, "l1 or l2 must be above 0"),
         ({"objective": {"kl": -1}}, "objective.kl must not be negative"),
+        ({"objective": {"anchor": 0.5}}, "objective.anchor needs model.checkpoint"),
+        ({"model": {"checkpoint": "somewhere"}}, "leave it out"),
+        ({"data": {"material": [{"source": "base", "num_frames": 1, "textures": ["wool"]}]}}, "textures has 'wool'"),
     ],
 )
 def test_wrong_recipes(changes: dict[str, Any], message: str) -> None:
@@ -284,6 +348,10 @@ def test_the_shipped_recipe() -> None:
     assert isinstance(stage, VAEStage)
     sizes = {(kind.source, kind.num_frames == 1) for data in stage.data for kind in data.material}
     assert {("base", False), ("refined", False), ("upsampled", False)} <= sizes
+    fine = load_recipe("mini/vae_fine")
+    assert fine.model == {"checkpoint": "outputs/mini/vae/model"}
+    more = build_stage(dataclasses.replace(fine, model={"checkpoint": str(miniature())}))
+    assert isinstance(more, VAEStage) and all(objective.anchor for objective in more.objectives)
 
 
 def test_material_knows_its_share() -> None:

@@ -29,15 +29,18 @@ CONSTANT = 4.0  # what channel 3 of an untrained network holds everywhere, so th
 @dataclass(frozen=True)
 class Objective:
     """Weights. l1, l2: of the absolute and the squared error of pixels in [-1, 1]. edges: of the absolute error of the
-    differences of neighbours, across and down. kl: of the posterior's divergence from the unit normal, per latent."""
+    differences of neighbours, across and down. kl: of the posterior's divergence from the unit normal, per latent.
+    anchor: of the squared distance of the posterior's mean to that of the VAE which training began with, in standard
+    deviations; not of "refined" material, whose textures are what is to be added."""
 
     l1: float = 1.0
     l2: float = 4.0
     edges: float = 0.5
     kl: float = 1e-4
+    anchor: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("l1", "l2", "edges", "kl"):
+        for name in ("l1", "l2", "edges", "kl", "anchor"):
             need(getattr(self, name) >= 0, f"objective.{name} must not be negative, got {getattr(self, name):g}")
         need(self.l1 + self.l2 > 0, "objective: l1 or l2 must be above 0")
 

@@ -1,7 +1,8 @@
 """The video VAE: reconstruction and KL on the Wan 2.1 architecture, causal and streaming as inference runs it.
 
 It learns from crops around the object and whole frames of both sizes that the models work at, and from what the refiner
-is given (`vae_settings.Material`). It begins as a plain reduction (`autoencoder.initialise`).
+is given (`vae_settings.Material`). It begins as a plain reduction (`autoencoder.initialise`), or as a checkpoint. Then
+models that know the checkpoint's latents go on working: an anchor holds those of what they have seen where they were.
 """
 
 from __future__ import annotations
@@ -28,14 +29,18 @@ from lcv_core.training.autoencoder import (
 from lcv_core.training.data.clips import LATEST, refined_clip, sample_clip
 from lcv_core.training.data.grammar import Scene, draw_scene
 from lcv_core.training.data.render import FIRST_WINDOW, clip_times, path, render
+from lcv_core.training.events import OnEvent
 from lcv_core.training.export import in_precision
 from lcv_core.training.randomness import generator
 from lcv_core.training.recipe import Recipe
 from lcv_core.training.stage import Batch, Place
 from lcv_core.training.stages.vae_settings import DataSection, Material, ModelSection, SamplesSection
-from lcv_core.training.strict import read_section
+from lcv_core.training.strict import need, read_section
+from lcv_core.vae.model import WanVAE
+from lcv_core.weights.checkpoint import open_checkpoint
 from lcv_core.weights.write import write_json, write_tensors
 
+BASE_DIM = 16
 ROOM = 1.3  # a crop's centre is at most this many radii off the object's
 
 
@@ -50,8 +55,23 @@ class VAEStage:
         self.objectives = [read_section(Objective, phase.recipe.objective, "objective") for phase in recipe.plan]
         self.shown = read_section(SamplesSection, recipe.samples, "samples")
         section = read_section(ModelSection, recipe.model, "model")
-        self.model = Autoencoder(VAEConfig(base_dim=section.base_dim))
-        initialise(self.model.vae, generator(recipe.seed, "start"))
+        self._first: WanVAE | None = None  # the VAE that it began with
+        self.model = Autoencoder(VAEConfig(base_dim=section.base_dim or BASE_DIM))
+        if section.checkpoint is None:
+            initialise(self.model.vae, generator(recipe.seed, "start"))
+        else:
+            checkpoint = open_checkpoint(section.checkpoint)
+            checkpoint.require("vae")
+            self._first = checkpoint.load_vae(dtype=torch.float32).requires_grad_(False)
+            self.model = Autoencoder(self._first.config)
+            self.model.vae.load_state_dict(self._first.state_dict())
+        anchored = any(objective.anchor for objective in self.objectives)
+        need(not anchored or self._first is not None, "objective.anchor needs model.checkpoint: what to hold on to")
+
+    def prepare(self, device: torch.device, on_event: OnEvent) -> None:
+        """Nothing long: what the anchor is held against goes to the device."""
+        if self._first is not None:
+            self._first.to(device)
 
     def _phase(self, step: int) -> int:
         return self.recipe.plan.index(self.recipe.phase_at(step))
@@ -66,7 +86,7 @@ class VAEStage:
         frames, noise, names = [], [], []
         for index in place.indices:
             draws = generator(seed, "clip", place.step, index)
-            scene = draw_scene(draws)
+            scene = draw_scene(draws, held_back="exclude", **kind.fixed(place.step * self.recipe.batch_size + index))
             frames.append(_material(scene, kind, data, draws))
             _, height, width, _ = frames[-1].shape
             shape = (self.z_dim, num_latents(kind.num_frames), height // SPACE_FACTOR, width // SPACE_FACTOR)
@@ -74,7 +94,7 @@ class VAEStage:
             names.append(f"{kind.source} {scene.colour} {scene.object}")
         return {
             "frames": torch.stack(frames), "noise": torch.stack(noise), "names": names,
-            "objective": self.objectives[phase],
+            "objective": self.objectives[phase], "anchored": kind.source != "refined",
         }  # fmt: skip
 
     @property
@@ -84,9 +104,22 @@ class VAEStage:
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         pixels = to_pixels(batch["frames"])
         decoded, mean, logvar = model(pixels.to(self.recipe.compute_dtype), batch["noise"])
-        loss, terms = autoencoding_loss(decoded, pixels, mean, logvar, batch["objective"])
+        objective = batch["objective"]
+        loss, terms = autoencoding_loss(decoded, pixels, mean, logvar, objective)
         metrics = {name: float(term) for name, term in terms.items()}
+        if objective.anchor and batch["anchored"]:
+            moved = self._moved(pixels, mean)
+            loss = loss + objective.anchor * moved
+            metrics["anchor"] = float(moved.detach())
         return loss, metrics | {"psnr": psnr(decoded.detach().clamp(-1.0, 1.0), pixels)}
+
+    def _moved(self, pixels: Tensor, mean: Tensor) -> Tensor:
+        """Mean square of how far the latents have gone from the first VAE's, in its standard deviations."""
+        assert self._first is not None
+        with torch.no_grad():
+            before, _ = self._first.encode(pixels)
+        std = torch.tensor(self._first.config.latents_std, device=mean.device).view(1, -1, 1, 1, 1)
+        return ((mean - before) / std).square().mean()
 
     def samples(self, model: nn.Module) -> dict[str, Tensor]:
         """Held-back clips of both sizes, each above its reconstruction from the posterior's mean."""
@@ -101,14 +134,17 @@ class VAEStage:
         return shown
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        """vae/, with the mean and standard deviation of the latents that the exported weights give."""
+        """vae/, with the mean and standard deviation of the latents that the exported weights give; those of the
+        checkpoint, if there was one."""
         assert isinstance(model, Autoencoder)
         vae = model.vae
         state = in_precision(vae.state_dict(), self.recipe.export_precision)
         vae.load_state_dict(state)
-        clips = _clips(self.data[-1], self.recipe.seed + 2, self.data[-1].statistics, held_back=False)
-        mean, std = latent_statistics(vae, (frames for kind in clips.values() for frames in kind))
-        config = dataclasses.replace(vae.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
+        config = vae.config
+        if self._first is None:
+            clips = _clips(self.data[-1], self.recipe.seed + 2, self.data[-1].statistics, held_back=False)
+            mean, std = latent_statistics(vae, (frames for kind in clips.values() for frames in kind))
+            config = dataclasses.replace(config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
         write_json(folder / "vae" / "config.json", config.to_dict())
         write_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", state)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from lcv_core.shapes import SPACE_FACTOR, check_frames, check_size
+from lcv_core.training.data.grammar import MOTIONS, TEXTURES
 from lcv_core.training.strict import need
 
 Source = Literal["base", "refined", "upsampled"]
@@ -18,6 +20,7 @@ class Material:
     source: "base": as the transformer makes them. "refined": twice the size and frame rate, with textures. "upsampled":
         base clips enlarged to that, the refiner's input.
     num_frames: 4k+1. height, width: of a crop around the object; 0 takes the whole frame.
+    textures, motions: those that samples show in turn, where some are to be seen more often; none: as chance has it.
     """
 
     source: Source
@@ -25,8 +28,13 @@ class Material:
     height: int = 0
     width: int = 0
     share: float = 1.0
+    textures: tuple[str, ...] = ()
+    motions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for what, chosen, known in (("textures", self.textures, TEXTURES), ("motions", self.motions, MOTIONS)):
+            for name in chosen:
+                need(name in known, f"data.material: {what} has {name!r}; there are {', '.join(known)}")
         check_frames(self.num_frames)
         need(
             (self.height == 0) == (self.width == 0),
@@ -37,6 +45,11 @@ class Material:
             f"data.material: height and width must be multiples of {SPACE_FACTOR}, got {self.height}x{self.width}",
         )
         need(self.share > 0, f"data.material: share must be above 0, got {self.share:g}")
+
+    def fixed(self, number: int) -> dict[str, str]:
+        """What is given of the scene of a step's sample `number`."""
+        chosen = {"texture": self.textures, "motion": self.motions}
+        return {name: values[number % len(values)] for name, values in chosen.items() if values}
 
 
 @dataclass(frozen=True)
@@ -72,11 +85,22 @@ class DataSection:
 
 @dataclass(frozen=True)
 class ModelSection:
-    """base_dim: width at full resolution; the file's size goes with its square (16: 3.6 million parameters)."""
+    """base_dim: width at full resolution; the file's size goes with its square (16: 3.6 million parameters); None: 16.
 
-    base_dim: int = 16
+    checkpoint: a VAE to go on with instead, a folder of one or a model's; its width and the statistics of its latents
+        stay, for models that know it.
+    """
+
+    base_dim: int | None = None
+    checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
+        need(
+            self.base_dim is None or self.checkpoint is None,
+            "model: base_dim is that of the checkpoint where there is one; leave it out",
+        )
+        if self.base_dim is None:
+            return
         need(
             self.base_dim >= 8 and self.base_dim % 2 == 0,
             f"model.base_dim must be even and at least 8, got {self.base_dim}",

@@ -305,7 +305,7 @@ def test_an_anchor_holds_latents_but_those_of_textures(tmp_path: Path) -> None:
         batch = stages[0].batch(Place(0, 0, [0, 1]))
         for stage in stages:
             with torch.no_grad():
-                stage.model.vae.quant_conv.bias[:16] += 1.0  # half a standard deviation
+                stage.model.vae.quant_conv.get_parameter("bias")[:16] += 1.0  # half a standard deviation
         losses = [s.loss(s.model, batch | {"objective": s.objectives[0]})[0].item() for s in stages]
         assert losses[1] - losses[0] == pytest.approx(0.0 if source == "refined" else 2.0 * 0.5**2, abs=1e-4)
 

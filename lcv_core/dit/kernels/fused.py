@@ -1,6 +1,6 @@
 """Norm + modulate, norm + rope and gated add in Triton: each reads and writes a tensor once, in fp32 in between.
 
-The one importer of triton in lcv_core. `plain` says what each computes and is what the tests hold these against.
+`plain` says what each computes and is what the tests hold these against.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false

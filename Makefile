@@ -4,7 +4,8 @@ BIN := .venv/bin
 DEMO := outputs/demo
 PROMPT := a large red ball with stripes moves left on a dark blue background
 MINI := outputs/mini
-MINI_RECIPES := text vae flow refine_dense refine_sparse refine_more cfg_distill step_distill grpo
+MINI_RECIPES := text vae flow refine_dense refine_sparse refine_more vae_fine refine_short refine_whole \
+  cfg_distill step_distill grpo
 PROCESSES := 2
 
 .PHONY: demo mini test lint check bench workflows clean

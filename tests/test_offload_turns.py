@@ -69,6 +69,16 @@ def streamed(lanes: Lanes, place: Literal["ram", "disk"], **options: int) -> tup
     return dit, turns, files
 
 
+def streamed_and_watched(
+    when: Literal["early", "late"], place: Literal["ram", "disk"], **options: int
+) -> tuple[Tensor, FakeLanes, LongCatDiT, BlocksInTurn]:
+    """What is expected, and the model on a device with two lanes, each use of a block checked."""
+    expected, lanes = run(make_dit(depth=DEPTH)), FakeLanes(when)
+    dit, turns, _ = streamed(lanes, place, **options)
+    dit.set_streaming(watched(turns, lanes))
+    return expected, lanes, dit, turns
+
+
 def settle(turns: BlocksInTurn) -> None:
     """Wait until nothing is being read."""
     wait([slot.coming for slot in turns._slots if slot.coming is not None], timeout=60)
@@ -88,10 +98,7 @@ class _Real(LiveBytes):
 def test_numbers_and_order_on_a_device_with_two_lanes(
     place: Literal["ram", "disk"], when: Literal["early", "late"], slots: int, resident: int
 ) -> None:
-    expected = run(make_dit(depth=DEPTH))
-    lanes = FakeLanes(when)
-    dit, turns, _ = streamed(lanes, place, slots=slots, resident=resident)
-    dit.set_streaming(watched(turns, lanes))
+    expected, lanes, dit, turns = streamed_and_watched(when, place, slots=slots, resident=resident)
     for _ in range(3):
         assert run(dit).equal(expected)
     settle(turns)
@@ -294,10 +301,7 @@ def test_impossible_numbers(options: dict[str, int]) -> None:
 def test_resident_blocks_can_be_given_up_between_two_forwards(
     place: Literal["ram", "disk"], when: Literal["early", "late"], slots: int, resident: int
 ) -> None:
-    expected = run(make_dit(depth=DEPTH))
-    lanes = FakeLanes(when)
-    dit, turns, _ = streamed(lanes, place, slots=slots, resident=resident)
-    dit.set_streaming(watched(turns, lanes))
+    expected, lanes, dit, turns = streamed_and_watched(when, place, slots=slots, resident=resident)
     assert run(dit).equal(expected)
     whole = turns.nbytes
     turns.free_resident()

@@ -21,13 +21,15 @@ def runs(tmp_path: Path) -> Path:
         (root / run / "model" / "lora").mkdir(parents=True)
         for name in ("metrics.csv", "curves.png"):
             (root / run / name).write_text(f"{run} {name}")
-    for part in PARTS:
-        place = root / "flow" / "model" / part
+    for part, run in PARTS.items():
+        place = root / run / "model" / part
         if place.suffix:
             place.write_text(part)
         else:
             place.mkdir()
             (place / "config.json").write_text(part)
+    (root / "flow" / "model" / "vae").mkdir()
+    (root / "flow" / "model" / "vae" / "config.json").write_text("that the transformer was trained with")
     for run, name in ADAPTERS.items():
         (root / run / "model" / "lora" / f"{name}.safetensors").write_text(name)
     return root

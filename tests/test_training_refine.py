@@ -352,8 +352,9 @@ def test_wrong_recipes(tiny_checkpoint: Path, cache: Path, changes: dict[str, An
         build_stage(recipe(tiny_checkpoint, cache, **changes))
 
 
-@pytest.mark.parametrize("name", ["mini/refine_dense", "mini/refine_sparse", "mini/refine_more"])
+@pytest.mark.parametrize("name", ["dense", "sparse", "more", "short", "whole"])
 def test_shipped_recipes(tiny_checkpoint: Path, name: str) -> None:
-    stage = build_stage(load_recipe(name, [f"model.checkpoint={tiny_checkpoint}", "model.adapter=null"]))
+    changes = [f"model.checkpoint={tiny_checkpoint}", "model.vae=null", "model.adapter=null"]
+    stage = build_stage(load_recipe(f"mini/refine_{name}", changes))
     assert isinstance(stage, RefineStage)
-    assert [plan.latents for plan in stage._plans] == [12, 16, 12, 8]
+    assert [plan.latents for plan in stage._plans] == ([4, 8, 8, 4] if name == "short" else [12, 16, 12, 8])

@@ -17,15 +17,19 @@ from lcv_core.files import replace_folder, temporary_path
 from lcv_core.miniature import miniature
 
 MOST_BYTES = 40_000_000  # of all files together: it lies in git
-RUNS = ("text", "vae", "flow", "refine_dense", "refine_sparse", "refine_more", "cfg_distill", "step_distill", "grpo")
-PARTS = ("dit", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json")  # of the base model's run
-ADAPTERS = {"refine_more": "refinement_lora", "step_distill": "cfg_step_lora", "grpo": "grpo_lora"}
+RUNS = (
+    "text", "vae", "flow", "refine_dense", "refine_sparse", "refine_more", "vae_fine", "refine_short", "refine_whole",
+    "cfg_distill", "step_distill", "grpo",
+)  # fmt: skip
+_BASE = ("dit", "text_encoder", "tokenizer", "scheduler", "model_index.json")
+PARTS = {**dict.fromkeys(_BASE, "flow"), "vae": "vae_fine"}  # by the run that made them
+ADAPTERS = {"refine_whole": "refinement_lora", "step_distill": "cfg_step_lora", "grpo": "grpo_lora"}
 _RECORDS = {"metrics.csv": "{run}.csv", "curves.png": "{run}.png"}
 
 
 def assemble(runs: Path, target: Path) -> Path:
     """Put the miniature together in `target`, which it replaces. InputError names the run that is not finished."""
-    sources = {part: _made(runs / "flow" / "model" / part) for part in PARTS}
+    sources = {part: _made(runs / run / "model" / part) for part, run in PARTS.items()}
     for run, name in ADAPTERS.items():
         file = f"lora/{name}.safetensors"
         sources[file] = _made(runs / run / "model" / file)

@@ -223,6 +223,29 @@ def test_other_samplers_run(comfy: Client, picture: str, sampler: str) -> None:
     assert_near(found[:, :, :1], before[:, :, :1], EXACT)
 
 
+@pytest.mark.parametrize("node", ["EasyCache", "LazyCache"])
+@pytest.mark.parametrize("condition", [False, True])
+def test_stock_step_caches(comfy: Client, picture: str, node: str, condition: bool) -> None:
+    """They leave out steps of ours too, with guidance and beside what is kept of condition frames."""
+    graph = LongCat()
+    start = graph.latent(image=graph.images(picture if condition else None))
+    sigmas, ids = graph.sigmas(num_steps=16), []
+    for threshold in (0.0, 3.0):
+        inputs = {"reuse_threshold": threshold, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
+        cached = graph.add(node, model=graph.model, **inputs)[0]
+        ids.append(graph.save(graph.sample_custom(graph.guider(cached), sigmas, start)))
+    whole = graph.save(graph.sample_custom(graph.guider(), sigmas, start))
+    result = comfy.run(graph.prompt)
+    expected = comfy.latents(result, whole)
+    never, often = (comfy.latents(result, node) for node in ids)
+    assert_near(never, expected, EXACT)
+    error = ((often - expected).norm() / expected.norm()).item()
+    # Of random weights, which say another thing in every step; without any step the noise would be left, at above 1.
+    assert 1e-3 < error < 0.8, f"relative error {error:.3g}"
+    if condition:
+        assert_near(often[:, :, :1], expected[:, :, :1], EXACT)
+
+
 def test_k_sampler_with_uni_pc(comfy: Client) -> None:
     """Not through a SIGMAS node: uni_pc writes 0.001 over the last of the sigmas that it is given, cached or not."""
     graph = LongCat()

@@ -101,8 +101,10 @@ def test_a_result_brings_its_workflow_back(small_first_run: Page, comfy: Client,
         assert graph_to_prompt(page) == prompt
         assert essence(saved_workflow(page)) == essence(workflow)
     again = queue(page, comfy)
-    assert torch.equal(video(comfy, again, tmp_path)[1], frames)
     assert torch.equal(pictures(comfy, again)[1], images)
+    # SaveVideo leaves x264's macroblock tree on, whose result is not always the same (lcv_core/video_io/write.py).
+    other = video(comfy, again, tmp_path)[1]
+    assert other.shape == frames.shape and (other.float() - frames.float()).abs().mean() < 1
 
 
 def essence(workflow: Json) -> Json:

@@ -30,6 +30,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of a few tokens, which no span of tokens is a multiple of."""
     monkeypatch.setattr(pieces, "_ELEMENTS_ON_CPU", 5 * 64)
     monkeypatch.setattr(pieces, "_LEAST_ON_CPU", 7)
+    monkeypatch.setattr(pieces, "_PIECES_ON_CPU", pieces._PIECES_ON_GPU)
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -229,16 +230,19 @@ def test_kernels_by_name(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.usefixtures("room")
-def test_five_activations_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stream, q, k, v and what attention gives: so it is for long sequences, beside which pieces are small."""
+@pytest.mark.parametrize(("cut", "most"), [(pieces._PIECES_ON_GPU, 5.2), (pieces._PIECES_ON_CPU, 6.3)])
+def test_five_activations_are_alive(cut: int, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream, q, k, v and what attention gives: so it is for long sequences, beside which pieces are small. A CPU's
+    halves of the feed-forward are one more."""
     monkeypatch.setattr(pieces, "_ELEMENTS_ON_CPU", 1 << 14)
+    monkeypatch.setattr(pieces, "_PIECES_ON_CPU", cut)
     dit = make_dit(hidden_size=192, num_heads=6, depth=1)
     x, t, words = randn(1, 16, 9, 40, 48), torch.tensor([500.0]), text()
     rope_table((9, 20, 24), 32, CPU)
     with LiveBytes() as live:
         dit(x, t, words.states, words.mask)
     activation = 9 * 20 * 24 * 192 * 4
-    assert 5 * activation <= live.peak <= 5.2 * activation  # beside them small things, small as this model is
+    assert 5 * activation <= live.peak <= most * activation  # beside them small things, small as this model is
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

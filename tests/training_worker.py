@@ -61,4 +61,5 @@ def main(rank: int, folder: str) -> None:
         resumed.run()
         results[kind] = {"step": resumed.step, "sharded": sharded, "state": gathered(resumed)}
     torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.barrier()  # gloo may abort a process that leaves while the other is still talking
     dist.destroy_process_group()

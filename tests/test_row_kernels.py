@@ -98,5 +98,9 @@ def test_they_are_proven_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -
     assert reason == f"they are wrong on {DEVICE}: quantising to int8, quantising to fp8, scaling sums"
 
 
-def test_a_cpu_and_a_compiler_have_none() -> None:
+def test_a_cpu_and_a_compiler_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_proven_kernels", lambda device: row_kernels)
     assert matmul.row_kernels(torch.device("cpu")) is None
+    assert matmul.row_kernels(torch.device("cuda")) is row_kernels
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert matmul.row_kernels(torch.device("cuda")) is None

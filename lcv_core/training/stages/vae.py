@@ -55,14 +55,11 @@ class VAEStage:
         self.objectives = [read_section(Objective, phase.recipe.objective, "objective") for phase in recipe.plan]
         self.shown = read_section(SamplesSection, recipe.samples, "samples")
         section = read_section(ModelSection, recipe.model, "model")
-        self._first: WanVAE | None = None  # the VAE that it began with
-        self.model = Autoencoder(VAEConfig(base_dim=section.base_dim or BASE_DIM))
-        if section.checkpoint is None:
+        self._first = _loaded(section.checkpoint) if section.checkpoint else None  # the VAE that it began with
+        if self._first is None:
+            self.model = Autoencoder(VAEConfig(base_dim=section.base_dim or BASE_DIM))
             initialise(self.model.vae, generator(recipe.seed, "start"))
         else:
-            checkpoint = open_checkpoint(section.checkpoint)
-            checkpoint.require("vae")
-            self._first = checkpoint.load_vae(dtype=torch.float32).requires_grad_(False)
             self.model = Autoencoder(self._first.config)
             self.model.vae.load_state_dict(self._first.state_dict())
         anchored = any(objective.anchor for objective in self.objectives)
@@ -147,6 +144,12 @@ class VAEStage:
             config = dataclasses.replace(config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
         write_json(folder / "vae" / "config.json", config.to_dict())
         write_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", state)
+
+
+def _loaded(path: Path) -> WanVAE:
+    checkpoint = open_checkpoint(path)
+    checkpoint.require("vae")
+    return checkpoint.load_vae(dtype=torch.float32).requires_grad_(False)
 
 
 def _material(scene: Scene, kind: Material, data: DataSection, draws: torch.Generator) -> Tensor:

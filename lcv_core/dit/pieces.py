@@ -40,10 +40,14 @@ def by_layer(tokens: int, layer: Any, device: torch.device) -> Iterator[tuple[in
 
 def layer_step(tokens: int, device: torch.device | str, *, remote: bool = False) -> int:
     """Tokens of a piece. remote: the layer's weight lives elsewhere and is brought in for each piece."""
-    on_cpu = torch.device(device).type == "cpu"
-    least = _LEAST_ON_CPU if on_cpu else _LEAST_ON_GPU
-    pieces = _PIECES_OF_REMOTE if remote else _PIECES_ON_CPU if on_cpu else _PIECES_ON_GPU
+    least = _LEAST_ON_CPU if torch.device(device).type == "cpu" else _LEAST_ON_GPU
+    pieces = _PIECES_OF_REMOTE if remote else layer_pieces(device)
     return min(tokens, max(-(-tokens // pieces), least))
+
+
+def layer_pieces(device: torch.device | str) -> int:
+    """How many pieces a long sequence is cut into, for a layer whose weight is at hand."""
+    return _PIECES_ON_CPU if torch.device(device).type == "cpu" else _PIECES_ON_GPU
 
 
 def _is_remote(layer: Any, device: torch.device) -> bool:

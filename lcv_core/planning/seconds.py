@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lcv_core.dit.pieces import layer_pieces
 from lcv_core.planning.job import ITEMSIZE, Job
 from lcv_core.planning.machine import Machine
 from lcv_core.planning.plan import Models, Stage
@@ -22,8 +23,6 @@ from lcv_core.text.encoder import MAX_LENGTH
 
 _SHARE = {("gpu", "transformer"): 0.6, ("gpu", "vae"): 0.3, ("cpu", "transformer"): 0.8, ("cpu", "vae"): 0.5}
 _STORED = 2  # bytes of a weight in the released files
-# A quantised weight is read and written out in bf16 for each piece of the sequence (see dit/pieces.py).
-_PIECES = 4
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,9 @@ def _sampling(
     forwards = (work.refine_steps if refine else work.steps) * branches * batch
     computing = operations / (speed.flops * _SHARE[machine.device, "transformer"])
     if job.copies:
-        computing += _PIECES * matrices * (ITEMSIZE[job.weight_dtype] + 2 * _STORED) / speed.memory
+        # A quantised weight is read and written out in bf16 for each piece of the sequence.
+        pieces = layer_pieces("cpu" if machine.device == "cpu" else "cuda")
+        computing += pieces * matrices * (ITEMSIZE[job.weight_dtype] + 2 * _STORED) / speed.memory
     moved = models.block(job) * (config.depth - models.resident_blocks(job)) if job.stream != "off" else 0
     moving = moved / (speed.disk if job.stream == "disk" else speed.link)
     if job.cache_place == "cpu" and machine.device == "gpu" and cond and job.kv_cache:

@@ -53,6 +53,7 @@ def launchers() -> dict[str, Callable[[], object]]:
         "norm": lambda: fused.layer_norm(x, affine),
         "gated add": lambda: fused.gated_add_(x, gate, update, frames),
         "norm + rope": lambda: fused.norm_rope(q, norm, rope, q),
+        "SwiGLU": lambda: fused.swiglu_(x, update),
         "q norm": lambda: fused.norm_rope(q, norm, None, q),
         "to int8": lambda: row_kernels.quantise_rows(x[0], "int8"),
         "to fp8": lambda: row_kernels.quantise_rows(x[0], "fp8"),

@@ -214,7 +214,7 @@ class Ours:
 
         def ffn() -> None:
             for i, j in by_layer(m.shape[1], block.ffn.w1, m.device):
-                block.ffn(m[:, i:j])
+                block.ffn(m[:, i:j], kernels)
 
         return {
             "adaLN": lambda: in_fp32(linear, silu(tau)),

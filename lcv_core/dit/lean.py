@@ -138,8 +138,9 @@ def _feed_forward(block: Block, x: Tensor, ada: Adaln, lean: Lean) -> None:
     for i, j in by_layer(x.shape[1], block.ffn.w1, x.device):
         part = x[:, i:j]
         m = lean.kernels.modulate(part, block.mod_norm_ffn, ada.shift, ada.scale, lean.frames, i)
-        lean.kernels.gated_add_(part, ada.gate, block.ffn(m), lean.frames, i)
-        del m  # before the next piece's is made
+        update = block.ffn(m) if _is_hooked(block.ffn) else block.ffn(m, lean.kernels)
+        lean.kernels.gated_add_(part, ada.gate, update, lean.frames, i)
+        del m, update  # before the next piece's is made
 
 
 def _is_hooked(module: nn.Module) -> bool:

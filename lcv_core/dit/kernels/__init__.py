@@ -1,4 +1,4 @@
-"""Norm + modulate, norm + rope and gated add without fp32 copies of the sequence, by name of what computes them."""
+"""Norm + modulate, norm + rope, gated add, SwiGLU without fp32 copies of the sequence, by name of who computes them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ class Kernels:
     layer_norm: Callable[..., Tensor]
     gated_add_: Callable[..., None]
     norm_rope: Callable[..., None]
+    swiglu_: Callable[[Tensor, Tensor], Tensor]
 
 
-TORCH = Kernels("torch", plain.modulate, plain.layer_norm, plain.gated_add_, plain.norm_rope)
-WHOLE = Kernels("whole", whole.modulate, whole.layer_norm, whole.gated_add_, whole.norm_rope)
+TORCH = Kernels("torch", plain.modulate, plain.layer_norm, plain.gated_add_, plain.norm_rope, plain.swiglu_)
+WHOLE = Kernels("whole", whole.modulate, whole.layer_norm, whole.gated_add_, whole.norm_rope, plain.swiglu_)
 
 
 @lru_cache(maxsize=16)
@@ -86,7 +87,8 @@ def check_kernels(kernels: Kernels, device: torch.device, dtype: torch.dtype = t
         added, rotated = x.clone(), heads.clone()
         by.gated_add_(added, gate, update, frames)
         by.norm_rope(heads, norm, rope, rotated)
-        return {"norm + modulate": by.modulate(x, bare, shift, scale, frames), "gate": added, "norm + rope": rotated}
+        modulated, gated = by.modulate(x, bare, shift, scale, frames), by.swiglu_(x.clone(), update)
+        return {"norm + modulate": modulated, "gate": added, "norm + rope": rotated, "SwiGLU": gated}
 
     with torch.no_grad():
         got, expected = made(kernels), made(TORCH)
@@ -97,4 +99,4 @@ def check_kernels(kernels: Kernels, device: torch.device, dtype: torch.dtype = t
 def _triton() -> Kernels:
     from lcv_core.dit.kernels import fused
 
-    return Kernels("triton", fused.modulate, fused.layer_norm, fused.gated_add_, fused.norm_rope)
+    return Kernels("triton", fused.modulate, fused.layer_norm, fused.gated_add_, fused.norm_rope, fused.swiglu_)

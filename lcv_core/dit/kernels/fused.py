@@ -1,4 +1,4 @@
-"""Norm + modulate, norm + rope and gated add in Triton: each reads and writes a tensor once, in fp32 in between.
+"""Norm + modulate, norm + rope, gated add, SwiGLU in Triton: each reads and writes a tensor once, in fp32 in between.
 
 `plain` says what each computes and is what the tests hold these against.
 """
@@ -22,6 +22,7 @@ from lcv_core.layers import upcast
 # Channels that a program holds at once: 4096 are 32 registers of each of 128 threads.
 _CHANNELS = 4096
 _HEAD_CHANNELS = 2048  # the same of norm + rope: two loads of 16 bytes a thread
+_ELEMENTS = 2048  # the same of SwiGLU, of each of its two tensors
 
 
 @triton.jit
@@ -104,6 +105,19 @@ def norm_rope_kernel(
     tl.store(target, y.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def swiglu_kernel(x, gate, count, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """x = SiLU(x) * gate; SiLU is rounded before it is multiplied, as the model does."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    h = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
+    h = h / (1.0 + tl.exp(-h))
+    if HALF:
+        h = h.to(x.dtype.element_ty).to(tl.float32)
+    tl.store(x + place, (h * g).to(x.dtype.element_ty), mask=inside)
+
+
 def modulate(x: Tensor, norm: nn.Module, shift: Tensor, scale: Tensor, frames: Frames, start: int = 0) -> Tensor:
     """See `plain.modulate`."""
     if not _takes(x) or not plain.is_plain(norm):
@@ -160,6 +174,17 @@ def norm_rope(x: Tensor, norm: nn.Module, rope: Tensor | None, out: Tensor) -> N
         ROPE=rope is not None, HALF=x.dtype.itemsize == 2, D=D, BLOCK_H=heads, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
     return None
+
+
+def swiglu_(x: Tensor, gate: Tensor) -> Tensor:
+    """See `plain.swiglu_`."""
+    if not _takes(x) or gate.dtype != x.dtype or not (x.is_contiguous() and gate.is_contiguous()):
+        return plain.swiglu_(x, gate)
+    count = x.numel()
+    swiglu_kernel[(triton.cdiv(count, _ELEMENTS),)](
+        x, gate, count, HALF=x.dtype.itemsize == 2, BLOCK=_ELEMENTS, num_warps=4
+    )
+    return x
 
 
 def _takes(x: Tensor) -> bool:

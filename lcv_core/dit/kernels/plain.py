@@ -82,6 +82,11 @@ def norm_rope(x: Tensor, norm: nn.Module, rope: Tensor | None, out: Tensor) -> N
             out[sample, i:j] = _norm_rope(x[sample, i:j], norm, None if rope is None else rope[i:j, None])
 
 
+def swiglu_(x: Tensor, gate: Tensor) -> Tensor:
+    """SiLU(x), rounded, times `gate`, written over x and given back. One shape, any."""
+    return F.silu(x, inplace=True).mul_(gate)
+
+
 def _norm_rope(x: Tensor, norm: nn.Module, rope: Tensor | None) -> Tensor:
     h = norm(x)
     if rope is None:

@@ -51,6 +51,7 @@ LAUNCHERS: dict[str, Launcher] = {
     "forward_tma": lambda i: _module("forward_tma").forward(i.q, i.k, i.v, i.selection, i.scale),
     "int8_tma": lambda i: _module("quantised").int8_forward(i.q, i.k, i.v, i.selection, i.scale),
     "fp8_tma": lambda i: _module("quantised").fp8_forward(i.q, i.k, i.v, i.selection, i.scale),
+    "eight_bits_tma": lambda i: _module("eight_bits").forward(i.q, i.k, i.v, i.selection, i.scale),
     "backward": lambda i: _module("backward").backward(
         i.q, i.k, i.v, i.o, i.lse, i.do, i.dlse, i.selection, i.scale
     ),

@@ -76,6 +76,7 @@ TABLE: MappingProxyType[tuple[str, str], Tile] = MappingProxyType(
             128, 64, 8, 1, "ahead of time on sm_90: 126 registers, CTAs per SM 2 (Triton 3.6); 140, 1 (3.9); not timed"
         ),
         ("default", "forward_tma_256"): Tile(64, 64, 4, 1, _ahead(196, 2), row=512),
+        ("default", "eight_bits"): Tile(64, 64, 4, 2, "not timed"),
         ("default", "pair"): Tile(64, 64, 8, 1, _ahead(128, 2)),
         ("default", "dq_tma"): Tile(64, 64, 4, 1, "one stage fits the least shared memory, 64 KB; not timed"),
         ("default", "dkv_tma"): Tile(64, 64, 4, 1, "one stage fits the least shared memory, 64 KB; not timed"),

@@ -100,7 +100,8 @@ class Rule:
 # A kernel without a rule for an architecture must not spill, not be serialized, and fit an SM.
 RULES = {
     ("forward_kernel", "sm_90"): Rule(wgmma=2, ctas=2),
-    ("tma_forward_kernel", "sm_90"): Rule(wgmma=8, ctas=4),
+    ("tma_forward_kernel", "sm_90"): Rule(wgmma=8, ctas=2),
+    ("eight_bit_kernel", "sm_90"): Rule(wgmma=6, ctas=3),
     ("pair_forward_kernel", "sm_90"): Rule(wgmma=12, ctas=2),
     ("dq_kernel", "sm_90"): Rule(wgmma=3, ctas=2),
     ("dkv_kernel", "sm_90"): Rule(wgmma=24, ctas=2),

@@ -15,9 +15,10 @@ Row = dict[str, str]
 # Names of this library's backends. Those that quantise are bounded apart in the gate, and forward only.
 BACKENDS = (
     "cpu", "flex", "triton", "triton_pointer", "triton_tma", "triton_fused", "triton_pair", "triton_int8", "triton_fp8",
+    "triton_int8_fp8",
 )  # fmt: skip
 CPU_BACKENDS = ("cpu", "flex")
-QUANTISED: dict[str, float] = {"triton_int8": 5e-2, "triton_fp8": 1e-1}
+QUANTISED: dict[str, float] = {"triton_int8": 5e-2, "triton_fp8": 1e-1, "triton_int8_fp8": 1e-1}
 
 
 def say(line: str = "") -> None:

@@ -47,6 +47,7 @@ class Backend:
 # "triton" takes the best of the others for the device and the layout; the README has a line on each.
 _TRITON = (
     "triton", "triton_tma", "triton_pointer", "triton_fused", "triton_pair", "triton_int8", "triton_fp8",
+    "triton_int8_fp8",
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lcv_bsa.backends.triton import backward as backward_pointer
-from lcv_bsa.backends.triton import backward_fused, backward_tma, forward_tma, pairs, quantised
+from lcv_bsa.backends.triton import backward_fused, backward_tma, eight_bits, forward_tma, pairs, quantised
 from lcv_bsa.backends.triton import forward as forward_pointer
 from lcv_bsa.backends.triton.common import interpreted, refusal
 from lcv_bsa.backends.triton.descriptors import tma_refusal
@@ -40,4 +40,5 @@ KERNELS: dict[str, Kernels] = {
     "triton_pair": Kernels(pairs.forward, backward, pairs.refusal),
     "triton_int8": Kernels(quantised.int8_forward, quantised.backward, quantised.refusal),
     "triton_fp8": Kernels(quantised.fp8_forward, quantised.backward, quantised.fp8_refusal),
+    "triton_int8_fp8": Kernels(eight_bits.forward, quantised.backward, eight_bits.refusal),
 }

@@ -1,17 +1,29 @@
 """Forward with q.k in int8 and p.v in fp8 (e4m3): half the bytes of 16 bits, and twice their rate. Inference only.
 
-A block of 64 keys and values of 128 channels is 32 KB in 16 bits, and 64 queries make 2.1 MFLOP of it: a GPU whose L2
-gives 5.5 TB/s then computes 350 TFLOP/s at most, whatever its tensor cores can (an H100's do 800). Here it is 16 KB.
+On an H200 it takes 0.69 of the time of 16 bits, packing included (168,960 tokens, a sixteenth of the blocks kept).
 
 As in SageAttention 2 (Zhang et al., arXiv 2411.10958): the mean of k over all tokens of a head is taken out first, and
-that of v too, which comes back with o; k has one scale per block, q one per token, v one per channel of a head. p lies
-in (0, 1] and is raised to fp8's largest number, 448, by adding log2(448) to the exponent, so it costs nothing.
+that of v too, which comes back with o; q and k have one scale per block, v one per channel of a head. p lies in (0, 1]
+and is raised to fp8's largest number, 448, by adding log2(448) to the exponent, so it costs nothing.
 
 k and v are written block by block, v with its keys side by side, as fp8 products want them: a copy then is one piece
-of memory, and nothing is turned around in the loop.
+of memory, and nothing is turned around in the loop. A few heads are packed at a time, so that little memory is needed.
+
+Error of o against fp64, |difference| / |o| in the Euclidean norm, emulated as in `quantised`:
+
+    inputs                                          here     int8     SDPA
+    normal, logit std 1                             3.9e-2     1.3e-2   2.3e-3
+    normal, logit std 4                             4.1e-2     2.9e-2   1.7e-3
+    4 channels of k moved by 10                     3.9e-2     1.3e-2   2.3e-3
+    4 channels times 8 in k and 2 in q, logit std 3 4.9e-2     4.4e-2   1.8e-3
+
+Most of it is fp8's three bits of p and v, and it is noise: the sums over many keys do not add it up.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
+
+import dataclasses
+from typing import NamedTuple
 
 import torch
 import triton
@@ -42,6 +54,9 @@ from lcv_bsa.layout import BlockLayout
 from lcv_bsa.selection import BlockSelection
 
 _LEAST_KEYS = 32  # of a tile: fp8 products sum over no fewer
+_MOST_KEYS = 256  # of a block, which is packed whole
+_HEADS_AT_ONCE = 8  # of k and v, that are packed at a time
+_NAMES = {torch.float8_e4m3fn: tl.float8e4nv, torch.float32: tl.float32}
 
 _PEAK = tl.constexpr(448.0)  # the largest number of e4m3
 _LOG2_PEAK = tl.constexpr(8.807354922057604)
@@ -83,7 +98,7 @@ def pack_kernel(
 @triton.jit
 def eight_bit_kernel(
     q, k, v, o, lse, indices, counts, order, q_scales, v_mean, k_scales, v_scale,
-    q_b, q_h, q_s, o_b, o_h, o_s, heads, group, num_q, num_k, width, log2_scale,
+    q_b, q_h, q_s, o_b, o_h, o_s, lse_b, lse_h, heads, group, num_q, num_k, width, log2_scale,
     Tq, Hq, Wq, Tk, Hk, Wk,
     tq: tl.constexpr, hq: tl.constexpr, wq: tl.constexpr, tk: tl.constexpr, hk: tl.constexpr, wk: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -92,7 +107,8 @@ def eight_bit_kernel(
     """One program: BLOCK_M query slots of one query block of one head.
 
     k: descriptor [B * Hkv * Nk * slots, BLOCK_D], int8. v: descriptor [B * Hkv * Nk * BLOCK_D, slots], of dtype V.
-    q int8, q_scales fp32 [B, H, Nq]; v_mean, v_scale fp32 [B, Hkv, D]; k_scales fp32 [B, Hkv, Nk]. Else as `forward_kernel`.
+    q: int8. q_scales fp32 [B, H, Nq], k_scales fp32 [B, Hkv, Nk]; v_mean, v_scale fp32 [B, Hkv, D]. The others as
+    `forward_kernel` has them.
     """
     tiles_m: tl.constexpr = (tq * hq * wq + BLOCK_M - 1) // BLOCK_M
     tiles_n: tl.constexpr = tk * hk * wk // BLOCK_N
@@ -140,70 +156,95 @@ def eight_bit_kernel(
     inverse = tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)
     o_tile = acc * inverse[:, None] * channel_scale[None, :] + tl.where(some, 1.0, 0.0)[:, None] * centre[None, :]
     store_rows(o + batch * o_b + head * o_h, rows, row_inside, o_s, channels, o_tile, D)
-    lse += bh * Tq * Hq * Wq
+    lse += batch * lse_b + head * lse_h
     value = tl.where(some, (top + tl.log2(tl.where(some, total, 1.0))) * LN2, float("-inf"))
     tl.store(lse + rows, value, mask=row_inside)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, *, v_dtype: torch.dtype | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    scale: float,
+    *,
+    dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> tuple[Tensor, Tensor]:
-    """o as q, lse fp32 [B, H, Sq]. v_dtype: of p and v in their product, fp8 unless said otherwise."""
+    """o as q, lse fp32 [B, H, Sq]. dtype: of p and v in their product, fp8 or fp32."""
     q, k, v = (dense_channels(x) for x in (q, k, v))
-    B, H, S, D = q.shape
+    B, H, S, _ = q.shape
     o, lse = torch.empty_like(q), torch.empty(B, H, S, dtype=torch.float32, device=q.device)
+    group = H // k.shape[1]
+    for first in range(0, k.shape[1], _HEADS_AT_ONCE):
+        kv = slice(first, first + _HEADS_AT_ONCE)
+        heads = slice(first * group, (first + _HEADS_AT_ONCE) * group)
+        part = dataclasses.replace(
+            selection, indices=selection.indices[:, heads].contiguous(), counts=selection.counts[:, heads].contiguous()
+        )
+        _some_heads(
+            q[:, heads], pack(k[:, kv], v[:, kv], selection.layout_k, dtype), o[:, heads], lse[:, heads], part, scale
+        )
+    return o, lse
+
+
+def _some_heads(q: Tensor, packed: "Packed", o: Tensor, lse: Tensor, selection: BlockSelection, scale: float) -> None:
+    """Fill o and lse."""
+    B, H, _, D = q.shape
     tile = tile_for("eight_bits", q, selection)
     layout_q, layout_k = selection.layout_q, selection.layout_k
-    packed = pack(k, v, layout_k, torch.float8_e4m3fn if v_dtype is None else v_dtype)
-    keys, values, k_mean, *scales = packed
-    of_q = quantise(q, k_mean, layout_q, torch.int8, centre=False)
-    slots, channels = keys.shape[-2:]
-    indices, counts = selection.indices.contiguous(), selection.counts.contiguous()
-    order = counts if selection.uniform else longest_rows_first(counts)
+    of_q = quantise(q, packed.k_mean, layout_q, torch.int8, centre=False)
+    slots, channels = packed.keys.shape[-2:]
+    order = selection.counts if selection.uniform else longest_rows_first(selection.counts)
     eight_bit_kernel[(layout_q.num_blocks * triton.cdiv(layout_q.block_size, tile.m), B * H)](
-        of_q.values, TensorDescriptor.from_tensor(keys.view(-1, channels), [tile.n, channels]),
-        TensorDescriptor.from_tensor(values.view(-1, slots), [channels, tile.n]), o, lse, indices, counts, order, of_q.scales, *scales,
-        *strides(of_q.values, o), H, H // k.shape[1], layout_q.num_blocks, layout_k.num_blocks, indices.shape[-1],
-        scale * LOG2E.value, PARTIAL_K=has_empty_slots(layout_k.is_full, layout_k.block_size, tile.n),
-        ORDERED=not selection.uniform, V=_NAMES[values.dtype], **shape_arguments(selection, D, tile),
+        of_q.values, TensorDescriptor.from_tensor(packed.keys.view(-1, channels), [tile.n, channels]),
+        TensorDescriptor.from_tensor(packed.values.view(-1, slots), [channels, tile.n]), o, lse, selection.indices,
+        selection.counts, order, of_q.scales, packed.v_mean, packed.k_scale, packed.v_scale, *strides(of_q.values, o),
+        *lse.stride()[:2], H, H // packed.keys.shape[1], layout_q.num_blocks, layout_k.num_blocks,
+        selection.indices.shape[-1], scale * LOG2E.value,
+        PARTIAL_K=has_empty_slots(layout_k.is_full, layout_k.block_size, tile.n), ORDERED=not selection.uniform,
+        V=_NAMES[packed.values.dtype], **shape_arguments(selection, D, tile),
     )  # fmt: skip
-    return o, lse.add_(of_q.offsets, alpha=scale)
+    lse.add_(of_q.offsets, alpha=scale)
 
 
-_NAMES = {torch.float8_e4m3fn: tl.float8e4nv, torch.float16: tl.float16, torch.float32: tl.float32}
+class Packed(NamedTuple):
+    """k and v block by block: k = keys * k_scale + k_mean, v = values * v_scale + v_mean.
 
-
-def pack(k: Tensor, v: Tensor, layout: BlockLayout, v_dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """k, v [B, Hkv, S, D] -> keys int8 [B, Hkv, N, slots, D'], values [B, Hkv, N, D', slots] (D': next power of two),
-    and what they are to be put together with: means of k and of v [B, Hkv, D], scales of k [B, Hkv, N], of v as means.
-
-    Of 16-bit values those in fp8 fill its range, others stay as large as they are.
+    keys int8 [B, Hkv, N, slots, D'], values [B, Hkv, N, D', slots], D' being the next power of two; k_scale fp32
+    [B, Hkv, N], the others fp32 [B, Hkv, D].
     """
+
+    keys: Tensor
+    values: Tensor
+    k_mean: Tensor
+    v_mean: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+
+
+def pack(k: Tensor, v: Tensor, layout: BlockLayout, dtype: torch.dtype) -> Packed:
+    """k, v [B, Hkv, S, D]; dtype: of the values, which in fp32 keep their size."""
     B, H, _, D = k.shape
     channels, slots, N = max(_LEAST_KEYS, triton.next_power_of_2(D)), layout.block_size, layout.num_blocks
     k_mean, _ = moments(k)
     v_mean, v_peak = moments(v)
-    fills = v_dtype == torch.float8_e4m3fn
-    v_scale = torch.where(v_peak > 0, v_peak / _PEAK.value, 1.0) if fills else torch.ones_like(v_peak)
+    scaled = v_peak > 0 if dtype == torch.float8_e4m3fn else torch.zeros_like(v_peak, dtype=torch.bool)
+    v_scale = torch.where(scaled, v_peak / _PEAK.value, 1.0)
     keys = torch.empty(B, H, N, slots, channels, dtype=torch.int8, device=k.device)
-    values = torch.empty(B, H, N, channels, slots, dtype=v_dtype, device=k.device)
+    values = torch.empty(B, H, N, channels, slots, dtype=dtype, device=k.device)
     k_scale = torch.empty(B, H, N, device=k.device)
     pack_kernel[(N, B * H)](
         k, v, k_mean, v_mean, v_scale, keys, values, k_scale, *strides(k, v), H, *layout.grid, *layout.block,
         D, channels, slots, num_warps=4,
     )  # fmt: skip
-    return keys, values, k_mean, v_mean, k_scale, v_scale
+    return Packed(keys, values, k_mean, v_mean, k_scale, v_scale)
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> str | None:
     """Why these inputs cannot run here, None when they can."""
     if interpreted():
         return "the interpreter rounds to fp8 wrongly; use 'triton_int8'"
-    return tile_refusal(q, k, v, selection)
-
-
-def tile_refusal(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> str | None:
-    """`refusal` but for what the interpreter cannot."""
-    if selection.layout_k.block_size < _LEAST_KEYS:
-        return f"block_k must have {_LEAST_KEYS} tokens or more, got {selection.block_k}"
+    size = selection.layout_k.block_size
+    if size < _LEAST_KEYS or size > _MOST_KEYS:
+        return f"block_k must have {_LEAST_KEYS} to {_MOST_KEYS} tokens, got {selection.block_k}"
     return quantised_refusal(q, k, v, selection)

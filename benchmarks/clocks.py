@@ -109,7 +109,7 @@ class Clocks:
         if form == "int8-matmul":
             c, d = (x.mul(40).clamp(-127, 127).to(torch.int8) for x in (a, b))
             return lambda: torch.ops.aten._int_mm(c, d.t())
-        if form != "fp8-matmul" or not self.cuda:
+        if not form.startswith("fp8") or not self.cuda:
             return None
         e, f = (x.to(torch.float8_e4m3fn) for x in (a, b))
         scale_a, scale_b = torch.ones(n, 1, device=self.device), torch.ones(1, n, device=self.device)
@@ -121,4 +121,5 @@ class Clocks:
         """The least a part can take: its arithmetic at the measured rates, or its bytes at the measured bandwidth."""
         if form not in self.rates or not self.bandwidth:
             return None
-        return 1e3 * max(matmul / self.rates[form] + attention / self.rates["plain"], moved / self.bandwidth)
+        attends = "fp8-all" if form == "fp8-all" else "plain"
+        return 1e3 * max(matmul / self.rates[form] + attention / self.rates[attends], moved / self.bandwidth)

@@ -36,7 +36,7 @@ def compare(
         except Absent as why:
             missing[form] = str(why)
         else:
-            found[form] = Ours(quantised, job, inputs).forward().double().cpu()
+            found[form] = Ours(quantised, job, inputs, form).forward().double().cpu()
     return {PLAIN if name == "ours" else name: x for name, x in found.items()}, missing
 
 

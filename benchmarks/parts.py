@@ -25,7 +25,8 @@ from lcv_core.weights.quantised import is_large
 Grid = tuple[int, int, int]
 PROMPT_TOKENS = 128  # of 512 that are not padding; the model sees padding too, see lcv_core.dit.embed.pads_as_one
 PLAIN = "plain"
-FORMS = ("fp8-matmul", "int8-matmul")
+ALL_EIGHT = "fp8-all"  # matrices in fp8, and attention with q.k in int8 and p.v in fp8: block sparse attention alone
+FORMS = ("fp8-matmul", ALL_EIGHT, "int8-matmul")
 
 
 class Absent(Exception):
@@ -128,7 +129,7 @@ def build(config: DiTConfig, device: torch.device, dtype: torch.dtype, *, operat
 
 def build_quantised(config: DiTConfig, device: torch.device, dtype: torch.dtype, form: str) -> LongCatDiT:
     """`build` with its large matrices in eight bits, which are multiplied as such. Raises Absent."""
-    matmul = "fp8" if form == "fp8-matmul" else "int8"
+    matmul = "int8" if form == "int8-matmul" else "fp8"
     refusal = fp8_refusal(device) if matmul == "fp8" else None
     if refusal is not None:
         raise Absent(refusal)
@@ -144,9 +145,11 @@ class Ours:
 
     name = "ours"
 
-    def __init__(self, model: LongCatDiT, job: Job, inputs: Inputs) -> None:
+    def __init__(self, model: LongCatDiT, job: Job, inputs: Inputs, form: str = PLAIN) -> None:
         self.model, self.job, self.inputs, self.config = model, job, inputs, model.config
         self.bsa = self.config.bsa if job.sparse else None
+        if form == ALL_EIGHT:  # a dense job keeps all blocks
+            self.bsa = replace(self.bsa or replace(self.config.bsa, sparsity=0.0), eight_bits=True)
         # What cross-attention reads of the text: one row or two may stand for all pads.
         read = model._rows_to_read(inputs.mask)
         self.rows = read if read == TEXT_TOKENS else read + num_pads_as_one(model.dtype)

@@ -31,7 +31,7 @@ from ends import text_rows, vae_rows
 from goals import print_goals
 from measure import DTYPES, MIB, commit, device_name
 from parity import compare, noise_ratio, psnr
-from parts import FORMS, PLAIN, Absent, Inputs, Job, Ours, Part, build, build_quantised
+from parts import ALL_EIGHT, FORMS, PLAIN, Absent, Inputs, Job, Ours, Part, build, build_quantised
 from projection import assumptions, goals_of
 
 from lcv_core.config import LONGCAT_VIDEO, WAN_VAE, TextConfig
@@ -48,6 +48,7 @@ JOBS = {
 TINY_GRIDS = {"t2v": (4, 4, 6), "refine": (8, 8, 12), "continue": (6, 4, 6)}
 # What eight bits change; the rest is the plain form's.
 LINEAR_PARTS = ("qkv", "proj", "cross", "ffn", "block", "step")
+CHANGED = {ALL_EIGHT: ("attention", "block", "step")}
 COLUMNS: tuple[str, ...] = (
     "commit", "date", "device", "torch", "dtype", "stage", "job", "form", "side", "part", "shape", "runs", "ms", "min",
     "max", "limit_ms", "of_limit", "peak_mib", "status", "extrapolated", "note",
@@ -140,7 +141,7 @@ def run_parts(bench: Bench, side: Ours | official.Official, form: str, note: str
         parts = side.parts()
     found: dict[str, float | None] = {}
     for name, part in parts.items():
-        if form != PLAIN and name not in LINEAR_PARTS and name != "cache":
+        if form != PLAIN and name not in CHANGED.get(form, LINEAR_PARTS) and name != "cache":
             continue
         label = f"{name} of {config.depth} blocks" if name in ("step", "cache") else name
         found[name] = bench.measure(part, part=label, **cells)
@@ -187,7 +188,7 @@ def eight_bits(bench: Bench, job: Job, form: str) -> None:
     except Absent as why:
         return bench.absent(why, stage="transformer", job=job.name, form=form, side="ours")
     model.set_attention(args.attention)
-    return run_parts(bench, Ours(model, job, Inputs.of(args.config, job, c.device, c.dtype)), form)
+    return run_parts(bench, Ours(model, job, Inputs.of(args.config, job, c.device, c.dtype), form), form)
 
 
 def parity_stage(bench: Bench, jobs: list[Job]) -> None:
@@ -219,6 +220,8 @@ def stages(bench: Bench) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "parity", lambda: parity_stage(bench, jobs)
     for form in FORMS:
         for job in jobs:
+            if form == ALL_EIGHT and not job.sparse:
+                continue
             yield f"{form} {job.name}", lambda job=job, form=form: eight_bits(bench, job, form)
 
 

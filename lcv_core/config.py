@@ -81,12 +81,15 @@ class BSAConfig:
     block_q, block_k: block shapes in tokens (time, height, width).
     cdf_threshold: in (0, 1]; keep the most probable blocks whose cumulative probability stays within it.
         With both given the larger count wins.
+    eight_bits: q.k in int8 and p.v in fp8, on Hopper GPUs and newer; inference only. Part of a run, not of a model: a
+        checkpoint's configuration neither has nor gets it.
     """
 
     sparsity: float | None = 0.9375
     block_q: tuple[int, int, int] = (4, 4, 4)
     block_k: tuple[int, int, int] = (4, 4, 4)
     cdf_threshold: float | None = None
+    eight_bits: bool = False
 
     def __post_init__(self) -> None:
         _freeze(self, "block_q", "block_k")

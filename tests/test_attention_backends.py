@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lcv_core.config import BSAConfig
 from lcv_core.dit import attention
-from lcv_core.dit.attention import BACKENDS, BackendUnavailable, available_backends, resolve_backend
+from lcv_core.dit.attention import BACKENDS, BackendUnavailable, available_backends, check_eight_bits, resolve_backend
 from lcv_core.dit.model import LongCatDiT
 from lcv_core.errors import InputError
 from lcv_core.pipelines import continue_video, image_to_video
@@ -292,3 +292,16 @@ def test_a_function_is_taken_as_it_is() -> None:
     dit.set_attention(mine)
     assert torch.equal(forward(dit, num_cond_latents=1), expected)
     assert lengths == [(6, 6), (18, 24), (18, 6)] * dit.config.depth  # condition, noise, text
+
+
+def test_eight_bits_are_refused_where_they_cannot_run(tmp_path: Path) -> None:
+    """Before a forward, with what to do."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+        check_eight_bits(torch.device("cuda"), torch.bfloat16, 128)
+        return
+    with pytest.raises(BackendUnavailable, match=r"not usable on cpu.*leave it in 16 bits"):
+        check_eight_bits(torch.device("cpu"), torch.bfloat16, 128)
+    assert "eight_bits" not in BSAConfig(eight_bits=True).to_params()
+    job = ["t2v", "a cube", "--output", str(tmp_path / "x.mp4"), "--sparse-8bit"]
+    assert "ask for that with --attention bsa" in refused(*job)
+    assert "leave it in 16 bits" in refused(*job, "--attention", "bsa")

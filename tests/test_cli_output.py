@@ -371,7 +371,7 @@ _OTHER: dict[str, Any] = {
     "cfg_scope": "all", "cfg_mode": "batched", "t_thresh": 0.4, "refine_steps": 3, "spatial_only": True,
     "time_mapping": "exact", "joint": "cut", "window": 9, "attention": "bsa", "refine_attention": "dense",
     "dtype": "bf16", "weights": "int8", "timestep_precision": "fp32", "tile": 256,
-    "cfg_interval": [0.1, 0.9], "step_cache": 0.05, "compile": "blocks", "sparsity": 0.5,
+    "cfg_interval": [0.1, 0.9], "step_cache": 0.05, "compile": "blocks", "sparsity": 0.5, "sparse_8bit": True,
     "kv_cache_storage": "fp8", "kernels": "torch",
 }  # fmt: skip
 # What does not change the latents: where things are, and the form of the output.

@@ -16,6 +16,7 @@ from lcv_bsa.adapters.comfyui import SparseOverride, make_sparse
 from torch import Tensor
 
 from lcv_core.config import BSAConfig
+from lcv_core.dit.attention import EIGHT_BITS, check_eight_bits
 from lcv_core.errors import InputError
 
 from .native import LongCatVideo, leading_zeros
@@ -27,15 +28,22 @@ OVERRIDE = "optimized_attention_override"  # transformer_options: what ComfyUI c
 BLOCKS = {"4 x 4 x 4": (4, 4, 4), "2 x 8 x 4": (2, 8, 4), "4 x 8 x 4": (4, 8, 4), "4 x 8 x 8": (4, 8, 8)}
 
 
-def sparse_model(model: Any, sparsity: float, block: str = "4 x 4 x 4", min_tokens: int = 4096) -> Any:
+def sparse_model(
+    model: Any, sparsity: float, block: str = "4 x 4 x 4", min_tokens: int = 4096, eight_bits: bool = False
+) -> Any:
     """A clone of a MODEL with block sparse self-attention in place of any that it had; sparsity 0 makes it dense.
 
     LongCat-Video knows its condition frames; for another model every self-attention over the whole video's tokens is
-    sparse. InputError where the token grid of a model is not known.
+    sparse. eight_bits: see BSAConfig. InputError where the token grid of a model is not known, and where eight bits
+    cannot be multiplied.
     """
     if block not in BLOCKS:
         raise InputError(f"unknown block {block!r}; there are: {', '.join(BLOCKS)}")
-    bsa = BSAConfig(sparsity=sparsity, block_q=BLOCKS[block], block_k=BLOCKS[block]) if sparsity else None  # validates
+    bsa = None
+    if sparsity:
+        bsa = BSAConfig(sparsity, BLOCKS[block], BLOCKS[block], eight_bits=eight_bits)  # validates
+        if eight_bits:
+            check_eight_bits(model.load_device, torch.bfloat16, 128)
     if isinstance(model.model, LongCatVideo):
         return with_bsa(model, bsa)
     model = _dense(model)
@@ -48,7 +56,10 @@ def sparse_model(model: Any, sparsity: float, block: str = "4 x 4 x 4", min_toke
             " LongCat-Video, Wan and other video models whose transformer has a patch_size of three"
         )
     tell_of_triton(model.load_device)
-    return make_sparse(model, keep=1.0 - sparsity, block=BLOCKS[block], min_tokens=min_tokens)
+    return make_sparse(
+        model, keep=1.0 - sparsity, block=BLOCKS[block], min_tokens=min_tokens,
+        backend=EIGHT_BITS if eight_bits else "auto",
+    )  # fmt: skip
 
 
 def _dense(model: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from .components import HostComponents, components, need_adapter
 from .latents import frames_of, samples_of, tail_latents
 from .native import leading_zeros, require_longcat
 from .preview import show_segment
-from .sampling import Latent, StepBar, make_guider, run_guider
+from .sampling import Latent, StepBar, bsa_of, make_guider, run_guider
 from .text import Conditioning, text_states
 
 log = logging.getLogger("lcv_core")
@@ -233,7 +233,10 @@ def refine_clip(
     if lora != paths.NONE:
         need_adapter(c, "refinement")
     own = require_longcat(model).diffusion_model.config.bsa
+    given = bsa_of(model)
+    eight_bits = given is not None and given.eight_bits  # of a Sparse Attention node before this one
     bsa = own if sparsity < 0 else BSAConfig(sparsity=sparsity) if sparsity > 0 else None
+    bsa = None if bsa is None else replace(bsa, eight_bits=eight_bits)
     window = window or c.native.num_frames
     if window < 2:
         raise InputError(f"window must be at least 2 frames, or 0 for the model's own, got {window}")

@@ -365,7 +365,7 @@ def _job(
     values: dict[str, Any] = {
         "model": str(model.model or MINIATURE), "loras": [_lora(text) for text in model.lora or []],
         "attention": machine.attention, "dtype": machine.dtype, "kernels": machine.kernels, "compile": machine.compile,
-        "sparsity": machine.sparsity,
+        "sparsity": machine.sparsity, "sparse_8bit": machine.sparse_8bit,
         "timestep_precision": machine.timestep_precision, "frame_rate": output.frame_rate, "crf": output.crf,
     }  # fmt: skip
     values |= {k: str(v) for k in ("vae", "text_encoder", "tokenizer") if (v := getattr(model, k)) is not None}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lcv_core.cli.job import Job
-from lcv_core.config import DiTConfig, Native, TextConfig, VAEConfig
+from lcv_core.config import BSAConfig, DiTConfig, Native, TextConfig, VAEConfig
 from lcv_core.pipelines.base import REFINE_DEFAULT_STEPS, SCHEDULE_DEFAULTS, native_size, refined_size
 from lcv_core.planning import Job as PlannedJob
 from lcv_core.planning import Refine
@@ -71,12 +71,18 @@ def make_planner(
         compute_dtype=name, text_dtype=name, vae_dtype=name, weight_dtype="int8" if quantised else name,
         device=machine.device, together=True, keeps_frames=job.by_segments, kv_cache=job.kv_cache, sparse=sparse,
         extra_weights=_lora_bytes(job),
-        bsa=known.dit.bsa if job.attention == "bsa" else None, **_shape(job, known, source, source_frames),
+        bsa=bsa_of(job, known.dit) if job.attention == "bsa" else None, **_shape(job, known, source, source_frames),
     )  # fmt: skip
     forms = QUALITY if known.stored_bytes is None else ("plain", "stored")
     if known.stored_bytes is not None and not quantised:
         models = dataclasses.replace(models, dit_weights=None)
     return Planner(planned, models, machine, _work(job, known, source_frames), _fixed(job, free), forms)
+
+
+def bsa_of(job: Job, config: DiTConfig) -> BSAConfig:
+    """Block sparse attention as the model has it, and what the job says of it."""
+    sparsity = config.bsa.sparsity if job.sparsity is None else job.sparsity
+    return dataclasses.replace(config.bsa, sparsity=sparsity, eight_bits=job.sparse_8bit)
 
 
 def _fixed(job: Job, free: frozenset[str]) -> dict[str, Any]:
@@ -122,7 +128,7 @@ def _refined(job: Job, known: Known, source: tuple[int, int], frames: int | None
     # A condition makes the first window like those that go on from another.
     several = total > window or job.image is not None or job.cond_video is not None
     count = floor_frames(min(total, window) - 1) + TIME_FACTOR if min(total, window) > 1 else 1
-    bsa = known.dit.bsa if job.refine_attention == "sparse" else None
+    bsa = bsa_of(job, known.dit) if job.refine_attention == "sparse" else None
     refine = Refine(
         job.height or height, job.width or width, window=min(window, total),
         overlap=min(native.num_cond_frames, window // 2) if several else 0, spatial_only=job.spatial_only, bsa=bsa,

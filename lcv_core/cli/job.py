@@ -147,6 +147,7 @@ class Job:
     window: int | None = None
     attention: str = "auto"
     sparsity: float | None = None
+    sparse_8bit: bool = False
     refine_attention: RefineAttention = "sparse"
     dtype: Precision = "auto"
     weights: Weights = "plain"
@@ -235,6 +236,8 @@ class Job:
                 raise InputError(f"--sparsity must be from 0 to below 1, got {self.sparsity}; try 0.875")
             if self.attention != "bsa" and (self.task != "refine" or self.refine_attention == "dense"):
                 raise InputError("--sparsity is of block sparse attention; ask for that with --attention bsa")
+        if self.sparse_8bit and self.attention != "bsa" and (self.task != "refine" or self.refine_attention == "dense"):
+            raise InputError("--sparse-8bit is of block sparse attention; ask for that with --attention bsa")
         if not 0 <= self.step_cache < 1:
             raise InputError(
                 f"--step-cache is a relative error of the velocity, from 0 (off) to below 1, got {self.step_cache};"

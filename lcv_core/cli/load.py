@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lcv_core.cli.fit import as_fields, is_guided, settings_of
+from lcv_core.cli.fit import as_fields, bsa_of, is_guided, settings_of
 from lcv_core.cli.job import Job
 from lcv_core.cli.outputs import CHANGED, Changes
 from lcv_core.cli.progress import Reporter
 from lcv_core.config import Native
-from lcv_core.dit.attention import resolve_backend
+from lcv_core.dit.attention import check_eight_bits, resolve_backend
 from lcv_core.dit.compiled import check_compiler
 from lcv_core.dit.kernels import resolve_kernels
 from lcv_core.dit.model import LongCatDiT
@@ -170,6 +170,8 @@ class Session:
         dtype = pick_dtype(job.dtype, where, checkpoint)
         # Refused here, with the reason, rather than after the text encoder has run.
         resolve_backend(job.attention, device=where, dtype=dtype, head_dim=checkpoint.dit_config.head_dim)
+        if job.sparse_8bit:
+            check_eight_bits(where, dtype, checkpoint.dit_config.head_dim)
         if job.compile == "blocks":
             check_compiler(where)
         check_weights(job.weights, checkpoint.dit_tensors, str(checkpoint.dit))
@@ -276,10 +278,7 @@ class Session:
         stack.callback(dit.stop_streaming)
         if self.job.timestep_precision != dit.config.timestep_precision:
             dit.config = dataclasses.replace(dit.config, timestep_precision=self.job.timestep_precision)
-        if self.job.sparsity is not None:
-            dit.config = dataclasses.replace(
-                dit.config, bsa=dataclasses.replace(dit.config.bsa, sparsity=self.job.sparsity)
-            )
+        dit.config = dataclasses.replace(dit.config, bsa=bsa_of(self.job, dit.config))
         dit.set_attention(self.job.attention)
         dit.set_compile(self.job.compile)
         vae = self.checkpoint.load_vae(device=self.device, dtype=self.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lcv_bsa import block_sparse_attention, select_blocks
 from lcv_core.errors import InputError
 
 log = logging.getLogger("lcv_core")
@@ -99,6 +101,8 @@ _LOADERS: dict[str, tuple[Callable[[], Attend], float]] = {
     "xformers": (_xformers, 2e-2),
     "sage": (_sage, 1e-1),  # 8-bit q and k
 }
+EIGHT_BITS = "triton_int8_fp8"  # of lcv_bsa
+_EIGHT_BITS_ERROR = 1e-1  # relative, allowed of it; on random numbers it has 4e-2
 BACKENDS = ("auto", "sdpa", *_LOADERS, "bsa")
 # sage is lossy and xformers no faster than sdpa: neither is chosen unless asked for.
 _AUTO_ORDER = ("flash3", "flash2")
@@ -121,6 +125,29 @@ def check_attention(
     if error > tolerance:
         raise BackendUnavailable(
             f"it is wrong when q_len != kv_len (relative error {error:.2g} > {tolerance:g}), as with condition frames"
+        )
+
+
+@lru_cache(maxsize=16)
+def check_eight_bits(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """BackendUnavailable unless block sparse attention in eight bits runs and is right here; says what to do."""
+    grid, block = (4, 4, 8), (4, 4, 4)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, math.prod(grid), head_dim, generator=generator) for _ in range(3))
+    reason = None
+    try:
+        with torch.no_grad():
+            q8, k8, v8 = (x.to(device, dtype) for x in (q, k, v))
+            selection = select_blocks(q8, k8, grid, grid, block, keep=1.0)
+            got = block_sparse_attention(q8, k8, v8, selection, backend=EIGHT_BITS).float().cpu()
+        error = ((got - sdpa(q, k, v)).norm() / sdpa(q, k, v).norm()).item()
+        if not error <= _EIGHT_BITS_ERROR:
+            reason = f"it is wrong on {device} (relative error {error:.2g})"
+    except Exception as problem:  # kernels fail in many ways where a driver or a Triton does not fit
+        reason = str(problem)
+    if reason is not None:
+        raise BackendUnavailable(
+            f"block sparse attention in eight bits is not usable on {device} in {dtype}: {reason}; leave it in 16 bits"
         )
 
 

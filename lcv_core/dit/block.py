@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lcv_bsa import block_sparse_attention, select_blocks
 from lcv_core.config import BSAConfig, DiTConfig
 from lcv_core.dit import lean
-from lcv_core.dit.attention import Attend
+from lcv_core.dit.attention import EIGHT_BITS, Attend
 from lcv_core.dit.embed import in_fp32, modulate
 from lcv_core.dit.frames import Frames
 from lcv_core.dit.kernels import Kernels
@@ -90,7 +90,7 @@ def self_attend(q: Tensor, k: Tensor, v: Tensor, seq: Sequence3D) -> Tensor:
         q, k, (frames_q, *seq.grid[1:]), (frames_k, *seq.grid[1:]), seq.bsa.block_q, block_k=seq.bsa.block_k,
         keep=None if sparsity is None else 1.0 - sparsity, cdf_threshold=seq.bsa.cdf_threshold,
     )  # fmt: skip
-    return block_sparse_attention(q, k, v, selection)
+    return block_sparse_attention(q, k, v, selection, backend=EIGHT_BITS if seq.bsa.eight_bits else "auto")
 
 
 class SelfAttention(nn.Module):

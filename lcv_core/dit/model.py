@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lcv_core import layers
 from lcv_core.config import BSAConfig, DiTConfig
-from lcv_core.dit.attention import BACKENDS, Attend, resolve_backend, takes_bias
+from lcv_core.dit.attention import BACKENDS, Attend, check_eight_bits, resolve_backend, takes_bias
 from lcv_core.dit.block import Block, Lean, Sequence3D, make_room
 from lcv_core.dit.compiled import Backend, CompiledBlocks, check_compiler
 from lcv_core.dit.embed import (
@@ -264,6 +264,8 @@ class LongCatDiT(nn.Module):
             grid = (grid[0] + num_cond_latents, *grid[1:])
         if self._attention == "bsa" and bsa is None:
             bsa = self.config.bsa
+        if bsa is not None and bsa.eight_bits:
+            check_eight_bits(x.device, self.dtype, self.config.head_dim)
         rope = rope_table(grid, self.config.head_dim, x.device)
         return Sequence3D(grid, num_cond_latents, cached, rope, self._attend(x.device), bsa, text_bias)
 

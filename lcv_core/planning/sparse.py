@@ -26,6 +26,7 @@ _INT64 = 8
 _SCORES_AT_ONCE = 1 << 24
 _LOGITS_AT_ONCE = {"cpu": 1 << 19, "gpu": 1 << 26}
 _TRITON_SCORES_AT_ONCE = 1 << 23
+_HEADS_AT_ONCE = 8  # that attention in eight bits packs
 # Of each query block, where rows differ in length: their counts in fp32, mantissas, exponents, ids in int64 and int32.
 _ORDER_BYTES = 4 + 4 + 4 + 3 * 8 + 4
 
@@ -53,10 +54,17 @@ def sparse_bytes(
         choosing = _triton_choosing_bytes(queries, keys, heads, head_dim)
         if by_cdf:
             choosing = _choosing_bytes(queries, keys, kept, heads, head_dim, itemsize, by_cdf=True)
-        return max(choosing + (0 if by_cdf else chosen), chosen + result + statistics)
+        packed = _packed_bytes(queries, keys, heads, head_dim) if bsa.eight_bits else 0
+        return max(choosing + (0 if by_cdf else chosen), chosen + result + statistics + packed)
     attending = _gather_bytes(queries, keys, kept, heads, head_dim, itemsize, device, by_cdf=by_cdf)
     choosing = _choosing_bytes(queries, keys, kept, heads, head_dim, itemsize, by_cdf=by_cdf)
     return max(choosing, chosen + result + attending)
+
+
+def _packed_bytes(queries: BlockLayout, keys: BlockLayout, heads: int, head_dim: int) -> int:
+    """What attention in eight bits makes of some heads: q, k and v a byte each, and what each row of q lost."""
+    some = min(heads, _HEADS_AT_ONCE)
+    return some * (queries.num_tokens * (head_dim + _FP32) + 2 * _slots(keys) * head_dim)
 
 
 def place_bytes(bsa: BSAConfig, grid_q: Grid, grid_k: Grid, *, heads: int) -> int:

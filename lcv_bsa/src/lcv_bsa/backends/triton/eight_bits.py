@@ -21,8 +21,10 @@ Most of it is fp8's three bits of p and v, and it is noise: the sums over many k
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false
 
 import dataclasses
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -175,15 +177,14 @@ def forward(
     B, H, S, _ = q.shape
     o, lse = torch.empty_like(q), torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     group = H // k.shape[1]
-    for first in range(0, k.shape[1], _HEADS_AT_ONCE):
-        kv = slice(first, first + _HEADS_AT_ONCE)
-        heads = slice(first * group, (first + _HEADS_AT_ONCE) * group)
+    for b, first in product(range(B), range(0, k.shape[1], _HEADS_AT_ONCE)):
+        kv = slice(b, b + 1), slice(first, first + _HEADS_AT_ONCE)
+        heads = slice(b, b + 1), slice(first * group, (first + _HEADS_AT_ONCE) * group)
         part = dataclasses.replace(
-            selection, indices=selection.indices[:, heads].contiguous(), counts=selection.counts[:, heads].contiguous()
+            selection, indices=selection.indices[heads].contiguous(), counts=selection.counts[heads].contiguous()
         )
-        _some_heads(
-            q[:, heads], pack(k[:, kv], v[:, kv], selection.layout_k, dtype), o[:, heads], lse[:, heads], part, scale
-        )
+        packed = pack(k[kv], v[kv], selection.layout_k, dtype)
+        _some_heads(q[heads], packed, o[heads], lse[heads], part, scale)
     return o, lse
 
 

@@ -302,6 +302,6 @@ def test_eight_bits_are_refused_where_they_cannot_run(tmp_path: Path) -> None:
     with pytest.raises(BackendUnavailable, match=r"not usable on cpu.*leave it in 16 bits"):
         check_eight_bits(torch.device("cpu"), torch.bfloat16, 128)
     assert "eight_bits" not in BSAConfig(eight_bits=True).to_params()
-    job = ["t2v", "a cube", "--output", str(tmp_path / "x.mp4"), "--sparse-8bit"]
+    job = ["t2v", "-p", "a cube", "--output", str(tmp_path / "x.mp4"), "--sparse-8bit"]
     assert "ask for that with --attention bsa" in refused(*job)
     assert "leave it in 16 bits" in refused(*job, "--attention", "bsa")

@@ -21,6 +21,20 @@ def upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+# PyTorch tells from the strides how a tensor lies in memory, and flattening or parting a dimension of length one sets a
+# stride that says "channels first" to it: every layer behind would copy. Hence two ways in the two functions below.
+
+
+def frame_by_frame(x: Tensor) -> Tensor:
+    """x [B, C, T, H, W] -> [B * T, C, H, W]; a view, and channels last, where they are last in x."""
+    return x.squeeze(2) if x.shape[2] == 1 else x.transpose(1, 2).flatten(0, 1)
+
+
+def joined_frames(frames: Tensor, batch: int) -> Tensor:
+    """The inverse of `frame_by_frame` for B = batch, a view."""
+    return frames.unsqueeze(2) if len(frames) == batch else frames.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
 class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight.to(input.dtype), _like(self.bias, input))
@@ -46,16 +60,15 @@ class Conv3d(nn.Conv3d):
         where torch has only a reference 3-D convolution."""
         taps, stride = self.kernel_size[0], self.stride[0]
         frames = (x.shape[2] - taps) // stride + 1
-        x = x.transpose(1, 2)  # [B, T, C, H, W]
         out: Tensor | None = None
         for tap in range(taps):
-            seen = x[:, tap : tap + stride * (frames - 1) + 1 : stride].flatten(0, 1)
+            seen = frame_by_frame(x[:, :, tap : tap + stride * (frames - 1) + 1 : stride])
             seen = seen.contiguous(memory_format=torch.channels_last)  # a view already, behind another convolution
             kernel = weight[:, :, tap].contiguous(memory_format=torch.channels_last)
             part = F.conv2d(seen, kernel, bias if tap == 0 else None, self.stride[1:], self.padding[1:])
             out = part if out is None else out.add_(part)
         assert out is not None
-        return out.unflatten(0, (-1, frames)).transpose(1, 2)
+        return joined_frames(out, x.shape[0])
 
 
 class LayerNorm(nn.LayerNorm):

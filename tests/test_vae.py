@@ -1,9 +1,11 @@
-"""The VAE: its tensors, streaming, causality, tiling, its norm and the CPU's convolution in time taps."""
+"""The VAE: its tensors, their layout, streaming, causality, tiling, its norm and the CPU's convolution in time taps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,9 @@ from lcv_core.pipelines.base import StreamingDecoder, decode_latents, pick_poste
 from lcv_core.vae.layers import RMSNorm, StreamState
 from lcv_core.vae.model import WanVAE, decoder_reach, frame_chunks, split_moments
 from lcv_core.vae.tiling import Tile, Tiling, blend_weights, decode_stream_tiled, decode_tiled, encode_tiled
+from lcv_core.weights.checkpoint import open_checkpoint
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and torch.version.hip is None else [])
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +149,35 @@ def test_encoding_in_chunks_is_encoding_whole(vae: WanVAE, latents: int) -> None
     chunks = (pixels[:, :, a:b] for a, b in frame_chunks(pixels.shape[2]))
     moments = torch.cat(list(vae.encode_stream(chunks)), dim=2)
     assert torch.equal(moments, torch.cat([mean, logvar], dim=1))  # small values: nothing is clamped here
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("device", DEVICES)
+def test_channels_lie_last_in_every_layer(device: str, batch: int, dtype: torch.dtype) -> None:
+    """By the very strides, also of dimensions of length one: PyTorch goes by them."""
+    vae, seen = make_vae(dtype).to(device), []
+
+    def check(name: str, layer: nn.Module, given: tuple[Any, ...], made: Any) -> None:
+        for x in (given[0], made):
+            layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+            assert x.stride() == torch.empty(x.shape, device="meta", memory_format=layout).stride(), name
+        seen.append(layer)
+
+    for name, layer in vae.named_modules():
+        layer.register_forward_hook(partial(check, name))
+    pixels = torch.cat([clip(9, seed=i) for i in range(batch)])
+    vae.encode(pixels)
+    vae.decode(torch.cat([latent(3, seed=i) for i in range(batch)]))
+    assert set(seen) >= {m for m in vae.modules() if isinstance(m, nn.Conv2d | nn.Conv3d | RMSNorm)}
+    for x in (*vae.decode_stream(latent(2)), *vae.encode_stream([clip(1)])):
+        assert x.stride(1) == 1 and x.dtype == torch.float32
+
+
+def test_a_loaded_vae_has_its_channels_last(tiny_checkpoint: Path) -> None:
+    vae = open_checkpoint(tiny_checkpoint).load_vae()
+    for weight in vae.parameters():
+        assert weight.stride(1 if weight.ndim > 3 else 0) == 1, weight.shape
 
 
 def causal(conv: Any, x: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 Every causal layer keeps what it needs of earlier chunks in a `StreamState`, so a clip encoded or decoded chunk by
 chunk equals the clip in one piece and memory does not grow with its length.
+
+Channels lie last in memory from the first layer to the last (`channels_last`): convolutions of a GPU's tensor cores and
+of a CPU take them so, and in any other layout each of them would copy what it is given and what it gives.
 """
 
 from __future__ import annotations
@@ -12,23 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lcv_core.layers import frame_by_frame, joined_frames
+from lcv_core.vae.norm import RMSNorm, norm_silu_behind
+
 StreamState = dict[nn.Module, Tensor]
 """Layer -> last input frames [B, C, 1..2, H, W]. Empty at the start of a clip; one per clip (and per tile)."""
 
 
-class RMSNorm(nn.Module):
-    """x / ||x|| over channels * sqrt(dim) * gamma; gamma is (C, 1, 1, 1) for video, (C, 1, 1) for images."""
+def channels_last(x: Tensor) -> Tensor:
+    """x [B, C, T, H, W] or [N, C, H, W] with its channels last in memory; others as they are."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    return x if layout is None else x.contiguous(memory_format=layout)
 
-    def __init__(self, dim: int, spatial_dims: int, **factory: Any) -> None:
-        super().__init__()
-        self.scale = dim**0.5
-        self.gamma = nn.Parameter(torch.ones(dim, *(1,) * spatial_dims, **factory))
 
-    def forward(self, x: Tensor) -> Tensor:
-        # F.normalize with its 1e-12 floor, written out: the library's strided norm is 10x slower on a CPU.
-        h = x.float() if x.dtype == torch.float16 else x  # in fp16 squares overflow from 256 on and the floor is 0
-        inverse = torch.rsqrt(h.square().sum(dim=1, keepdim=True).clamp_min(1e-24))
-        return (h * inverse).to(x.dtype) * (self.scale * self.gamma.to(x.dtype))
+def channels_last_(model: nn.Module) -> None:
+    """Weights of convolutions too: otherwise a GPU's library copies each of them whenever it is used."""
+    for weight in model.parameters():
+        weight.data = channels_last(weight.data)
 
 
 def two_zero_frames(x: Tensor) -> Tensor:
@@ -38,8 +41,8 @@ def two_zero_frames(x: Tensor) -> Tensor:
 
 
 def join_frames(before: Tensor, after: Tensor) -> Tensor:
-    """Concatenation in time. With channels last (the CPU's layout) it is a plain copy once channels are put last."""
-    if after.device.type == "cpu" and after.stride(1) == 1:
+    """Concatenation in time. With channels last it is a plain copy once channels are put last."""
+    if after.stride(1) == 1:
         parts = [x.permute(0, 2, 3, 4, 1) for x in (before, after)]
         return torch.cat(parts, dim=1).permute(0, 4, 1, 2, 3)
     return torch.cat([before, after], dim=2)
@@ -51,7 +54,18 @@ def causal_conv(conv: nn.Module, x: Tensor, state: StreamState) -> Tensor:
     `conv` pads in space alone; time comes from the state.
     """
     history = state.get(conv)
-    x = join_frames(two_zero_frames(x) if history is None else history, x)
+    x = join_frames(two_zero_frames(x) if history is None else history, x)  # what was given is alive no longer
+    return _conv_joined(conv, x, state)
+
+
+def norm_silu_conv(norm: RMSNorm, conv: nn.Module, x: Tensor, state: StreamState) -> Tensor:
+    """causal_conv(conv, silu(norm(x)), state)."""
+    joined = norm_silu_behind(norm, x, state.get(conv))
+    return causal_conv(conv, F.silu(norm(x)), state) if joined is None else _conv_joined(conv, joined, state)
+
+
+def _conv_joined(conv: nn.Module, x: Tensor, state: StreamState) -> Tensor:
+    """The convolution of x [B, C, 2 + T, H, W], whose last two frames the next chunk needs."""
     state[conv] = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
     return conv(x)
 
@@ -71,8 +85,8 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = ops.Conv3d(dim_in, dim_out, kernel_size=1, **factory) if dim_in != dim_out else None
 
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
-        h = causal_conv(self.conv1, F.silu(self.norm1(x)), state)
-        h = causal_conv(self.conv2, F.silu(self.norm2(h)), state)
+        h = norm_silu_conv(self.norm1, self.conv1, x, state)
+        h = norm_silu_conv(self.norm2, self.conv2, h, state)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -86,11 +100,11 @@ class AttentionBlock(nn.Module):
         self.proj = ops.Conv2d(dim, dim, kernel_size=1, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        frames = x.transpose(1, 2).flatten(0, 1)  # [B*T, C, H, W]
+        frames = frame_by_frame(x)
         qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)  # [B*T, 1, H*W, 3C]
         h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
-        h = self.proj(h.squeeze(1).transpose(1, 2).unflatten(2, frames.shape[2:]))
-        return x + h.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        h = self.proj(h.reshape(len(frames), *frames.shape[2:], -1).permute(0, 3, 1, 2))
+        return x + joined_frames(h, x.shape[0])
 
 
 class MidBlock(nn.Module):
@@ -106,7 +120,7 @@ class MidBlock(nn.Module):
 
 def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply a 2-D layer to every frame of x [B, C, T, H, W]."""
-    return layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+    return joined_frames(layer(frame_by_frame(x)), x.shape[0])
 
 
 class Downsample(nn.Module):
@@ -151,5 +165,5 @@ class Upsample(nn.Module):
         assert self.time_conv is not None
         padded = join_frames(history, x)
         state[self] = padded[:, :, -2:].clone()
-        even, odd = self.time_conv(padded).chunk(2, dim=1)
-        return torch.stack((even, odd), dim=3).flatten(2, 3)
+        both = self.time_conv(padded).unflatten(1, (2, -1))  # [B, 2, C, T, H, W]: even and odd frames
+        return both.permute(0, 3, 1, 4, 5, 2).contiguous().flatten(1, 2).permute(0, 4, 1, 2, 3)  # channels last

@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcv_core import layers
@@ -24,7 +23,9 @@ from lcv_core.vae.layers import (
     StreamState,
     Upsample,
     causal_conv,
+    channels_last,
     conv3,
+    norm_silu_conv,
 )
 
 
@@ -51,7 +52,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x, state)
         x = self.mid_block(x, state)
-        return causal_conv(self.conv_out, F.silu(self.norm_out(x)), state)
+        return norm_silu_conv(self.norm_out, self.conv_out, x, state)
 
 
 class UpBlock(nn.Module):
@@ -92,7 +93,7 @@ class Decoder(nn.Module):
         x = self.mid_block(x, state)
         for block in self.up_blocks:
             x = block(x, state)
-        return causal_conv(self.conv_out, F.silu(self.norm_out(x)), state)
+        return norm_silu_conv(self.norm_out, self.conv_out, x, state)
 
 
 def decoder_reach(config: VAEConfig) -> int:
@@ -194,7 +195,7 @@ class WanVAE(nn.Module):
             if chunk.shape[2] != (TIME_FACTOR if i else 1):
                 raise InputError(f"chunk {i} must have {TIME_FACTOR if i else 1} frames, got {chunk.shape[2]}")
             with torch.no_grad():
-                moments = self.quant_conv(self.encoder(chunk.to(self.device, self.dtype), state))
+                moments = self.quant_conv(self.encoder(channels_last(chunk.to(self.device, self.dtype)), state))
             yield moments.float()
 
     def decode_stream(self, latent: Tensor | Iterable[Tensor], state: StreamState | None = None) -> Iterator[Tensor]:
@@ -212,7 +213,7 @@ class WanVAE(nn.Module):
 
     def decode_step(self, frame: Tensor, state: StreamState) -> Tensor:
         """The next latent frame of the clip that `state` belongs to -> its pixels, fp32, clamped."""
-        x = self.post_quant_conv(frame.to(self.device, self.dtype))
+        x = self.post_quant_conv(channels_last(frame.to(self.device, self.dtype)))
         return self.decoder(x, state).float().clamp(-1.0, 1.0)
 
 

@@ -141,12 +141,14 @@ class Checkpoint:
 
     def load_vae(self, *, device: Device = "cpu", dtype: torch.dtype | None = None, operations: Any = None) -> WanVAE:
         """The VAE in eval mode, in `dtype` or as stored; diffusers or original names, safetensors or Wan's .pth."""
+        from lcv_core.vae.layers import channels_last_
         from lcv_core.vae.model import WanVAE
 
         path = self.require("vae")
         config, tensors = open_vae(path)
         model = WanVAE(config, operations=operations, device="meta", dtype=dtype)
         load_strictly(model, tensors, what=str(path), device=device, dtype=dtype)
+        channels_last_(model)
         return model.eval()
 
     def load_text_encoder(self, *, device: Device = "cpu", dtype: torch.dtype | None = None) -> TextEncoder:

@@ -28,13 +28,14 @@ from lcv_core.dit.frames import share_timesteps
 from lcv_core.dit.kernels import fused
 from lcv_core.dit.rope import rope_table
 from lcv_core.quant import row_kernels
-from lcv_core.vae.kernels import norm_silu_behind
+from lcv_core.vae.kernels import add_bias_, doubled, norm_silu_behind
 from lcv_core.vae.layers import channels_last
 from lcv_core.vae.norm import FLOOR
 
 RESULTS = Path(__file__).resolve().parent / "aot.csv"
 DTYPE = torch.bfloat16
 VAE_WIDTHS = {f"VAE norm + SiLU, {width}": width for width in (96, 192, 384)}  # not the transformer's
+_VAE_REST = {"VAE bias + residual": 96, "VAE doubling": 192}
 NO_FP8 = ("sm_80", "gfx942")  # has no e4m3 of this kind
 
 
@@ -53,6 +54,7 @@ def launchers() -> dict[str, Callable[[], object]]:
     wide = torch.zeros(2, config.ffn_dim, dtype=DTYPE)
     sums, out = torch.zeros(2, C, dtype=torch.int32), torch.zeros(2, C, dtype=DTYPE)
     pixels = {name: channels_last(torch.zeros(1, width, 1, 16, 16, dtype=DTYPE)) for name, width in VAE_WIDTHS.items()}
+    small, larger = pixels["VAE norm + SiLU, 96"], pixels["VAE norm + SiLU, 192"][:, :, 0]
     return {
         "norm + modulate": lambda: fused.modulate(x, bare, shift, scale, frames),
         "norm": lambda: fused.layer_norm(x, affine),
@@ -64,6 +66,8 @@ def launchers() -> dict[str, Callable[[], object]]:
         "to fp8": lambda: row_kernels.quantise_rows(x[0], "fp8"),
         "to fp8, feed-forward": lambda: row_kernels.quantise_rows(wide, "fp8"),
         "int8 sums": lambda: row_kernels.scale_sums(sums, gate[:, :1], gate[0], gate[0], out),
+        "VAE bias + residual": lambda: add_bias_(small, small[0, :, 0, 0, 0], small),
+        "VAE doubling": lambda: doubled(larger),
         **{name: lambda x=x: norm_silu_behind(x, x[0, :, 0, 0, 0], 1.0, FLOOR, 2) for name, x in pixels.items()},
     }
 
@@ -90,7 +94,7 @@ def main() -> int:
     table = [
         {"what": name}
         | asdict(row)
-        | {"width": VAE_WIDTHS.get(name, LONGCAT_VIDEO.hidden_size), "dtype": "bf16", "triton": TRITON}
+        | {"width": (VAE_WIDTHS | _VAE_REST).get(name, LONGCAT_VIDEO.hidden_size), "dtype": "bf16", "triton": TRITON}
         for name, row in found
     ]
     for row in table:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lcv_core.config import TextConfig, VAEConfig
 from lcv_core.shapes import SPACE_FACTOR, TIME_FACTOR
 from lcv_core.text.encoder import build_text_model
+from lcv_core.vae.layers import channels_last_
 from lcv_core.vae.model import WanVAE
 
 # (what, direction, latent frames of the whole clip, pixels)
@@ -33,6 +34,7 @@ def vae_rows(bench: Any, config: VAEConfig, tiny: bool) -> None:
     c = bench.clocks
     torch.manual_seed(0)
     vae = WanVAE(config, device=c.device, dtype=c.dtype).eval().requires_grad_(False)
+    channels_last_(vae)
     sides: dict[str, Any] = {"ours": vae}
     if bench.args.official is not None:
         try:

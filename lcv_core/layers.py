@@ -42,12 +42,19 @@ class Linear(nn.Linear):
 
 class Conv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.weight.to(input.dtype), _like(self.bias, input))
+        return self.convolved(input, self.weight.to(input.dtype), _like(self.bias, input))
+
+    def convolved(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """With a weight and a bias in input's dtype in place of its own."""
+        return self._conv_forward(input, weight, bias)
 
 
 class Conv3d(nn.Conv3d):
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight.to(input.dtype), _like(self.bias, input)
+        return self.convolved(input, self.weight.to(input.dtype), _like(self.bias, input))
+
+    def convolved(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """With a weight and a bias in input's dtype in place of its own."""
         if input.device.type == "cpu" and self.padding[0] == 0 and self.groups == 1 and not self._unusual():
             return self._by_time_taps(input, weight, bias)
         return self._conv_forward(input, weight, bias)

@@ -13,9 +13,11 @@ from tiny_models import make_vae, randn
 from torch import Tensor
 
 from lcv_core import layers
-from lcv_core.vae import norm as choice
+from lcv_core.vae import choice, convolve
+from lcv_core.vae import norm as norm_module
+from lcv_core.vae.choice import check_kernels
 from lcv_core.vae.layers import StreamState, causal_conv, channels_last, join_frames, norm_silu_conv
-from lcv_core.vae.norm import RMSNorm, check_kernels, norm_silu_behind
+from lcv_core.vae.norm import RMSNorm, norm_silu_behind
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed; pip install triton to run its kernels", allow_module_level=True)
@@ -38,9 +40,13 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         channels.append(x.shape[1])
         return kernels.norm_silu_behind(x, *args)
 
-    chosen = SimpleNamespace(norm_silu_behind=counted, MOST_CHANNELS=kernels.MOST_CHANNELS)
-    monkeypatch.setattr(choice, "norm_kernels", lambda device: chosen)
+    use(monkeypatch, SimpleNamespace(**vars(kernels) | {"norm_silu_behind": counted}))
     return channels
+
+
+def use(monkeypatch: pytest.MonkeyPatch, chosen: Any) -> None:
+    for where in (norm_module, convolve):
+        monkeypatch.setattr(where, "vae_kernels", lambda device: chosen)
 
 
 def make(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -108,7 +114,7 @@ def test_the_whole_vae(used: list[int], monkeypatch: pytest.MonkeyPatch, dtype: 
     got = vae.encode(pixels)[0], vae.decode(latent)
     convolutions = sum(isinstance(module, RMSNorm) and module.gamma.ndim == 4 for module in vae.modules())
     assert len(used) == 2 * convolutions
-    monkeypatch.setattr(choice, "norm_kernels", lambda device: None)
+    use(monkeypatch, None)
     for one, other in zip(got, (vae.encode(pixels)[0], vae.decode(latent)), strict=True):
         tolerance = {torch.float32: 2e-3 if GPU else 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
         assert relative(one, other) <= tolerance
@@ -147,16 +153,16 @@ def test_it_is_proven_before_it_is_used() -> None:
     def without_silu(x: Tensor, gamma: Tensor, scale: float, floor: float, history: int) -> Tensor:
         return F.pad(F.normalize(x.float(), dim=1).to(x.dtype) * scale * gamma, (0, 0, 0, 0, history, 0))
 
-    wrong: Any = SimpleNamespace(norm_silu_behind=without_silu)
+    wrong: Any = SimpleNamespace(**vars(kernels) | {"norm_silu_behind": without_silu})
     assert check_kernels(wrong, DEVICE) == f"they are wrong on {DEVICE}: norm + SiLU"
 
 
 def test_a_cpu_and_a_compiler_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_proven_kernels", lambda device: kernels)
-    assert choice.norm_kernels(torch.device("cpu")) is None
-    assert choice.norm_kernels(torch.device("cuda")) is kernels
+    assert choice.vae_kernels(torch.device("cpu")) is None
+    assert choice.vae_kernels(torch.device("cuda")) is kernels
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert choice.norm_kernels(torch.device("cuda")) is None
+    assert choice.vae_kernels(torch.device("cuda")) is None
 
 
 def test_without_a_kernel_that_works_a_warning_says_why(caplog: pytest.LogCaptureFixture) -> None:
@@ -173,3 +179,47 @@ def test_below_the_floor_is_taken_for_the_floor(used: list[int]) -> None:
     assert got is not None and used
     expected = F.silu(F.normalize(x, dim=1, eps=1e-12) * 2 * make_norm(4, x.dtype).gamma)
     assert torch.allclose(got[:, :, 2:], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [3, 24])
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_convolution_with_its_bias_and_a_residual(
+    used: list[int], channels: int, residual: bool, dtype: torch.dtype
+) -> None:
+    """Of few channels too, which are padded."""
+    conv = layers.Conv3d(channels, 40, 3, padding=(0, 1, 1)).to(DEVICE, dtype).requires_grad_(False)
+    x, r = make(1, channels, 4, 5, 6, seed=0, dtype=dtype), make(1, 40, 2, 5, 6, seed=1, dtype=dtype)
+    got = convolve.convolve(conv, x, r if residual else None)
+    expected = conv.double()(x.double()) + (r.double() if residual else 0)
+    tolerance = 1e-3 if dtype == torch.float32 and GPU else TOLERANCE[dtype]
+    assert got.dtype == dtype and relative(got, expected) <= tolerance
+    flat = layers.Conv2d(channels, 8, 3, stride=2, bias=False).to(DEVICE, dtype).requires_grad_(False)
+    frames = x[0].transpose(0, 1).contiguous(memory_format=torch.channels_last)
+    assert relative(convolve.convolve(flat, frames), flat.double()(frames.double())) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pixels_are_doubled(used: list[int], dtype: torch.dtype) -> None:
+    upsample = torch.nn.Upsample(scale_factor=2.0, mode="nearest-exact")
+    x = make(3, 100, 5, 7, seed=0, dtype=dtype)
+    got = convolve.doubled(upsample, x)
+    assert got.equal(upsample(x)) and got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_convolution_that_is_not_plain_is_called(used: list[int]) -> None:
+    """With a hook, a gradient, or a class that is not ours."""
+    x, called = make(1, 24, 4, 5, 6, seed=0, dtype=torch.float32), []
+    hooked = layers.Conv3d(24, 8, 3).to(DEVICE).requires_grad_(False)
+    hooked.register_forward_hook(lambda *_: called.append(1))
+    convolve.convolve(hooked, x)
+    assert called
+    learning = layers.Conv3d(24, 8, 3).to(DEVICE)
+    convolve.convolve(learning, x).sum().backward()
+    assert learning.bias is not None and learning.bias.grad is not None
+
+    class Host(layers.Conv3d):
+        def forward(self, input: Tensor) -> Tensor:
+            return torch.full_like(input, 7.0)
+
+    assert (convolve.convolve(Host(24, 8, 3).to(DEVICE).requires_grad_(False), x) == 7).all()

@@ -1,7 +1,8 @@
-"""Norm, SiLU and joining with earlier frames in Triton: reads and writes what a causal convolution sees once.
+"""What the VAE does beside convolutions, in Triton, each in one pass: norm, SiLU and joining with earlier frames; bias
+and residual; doubling of height and width.
 
-PyTorch's own passes go over it eight times, and the VAE has next to no arithmetic beside its convolutions.
-`norm.RMSNorm` says what is computed.
+PyTorch's own passes go over what a causal convolution sees eight times. `norm.RMSNorm` and `convolve` say what is
+computed.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
@@ -44,13 +45,71 @@ def norm_silu_kernel(
     tl.store(out + sample * stride_out + place, y.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def add_bias_kernel(
+    x, bias, residual, C, pixels, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Some pixels: x += bias of their C channels, and a residual that lies as x does, in fp32 and rounded once."""
+    pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channels = tl.arange(0, BLOCK)
+    inside = (pixel < pixels)[:, None] & (channels < C)[None, :]
+    place = pixel.to(tl.int64)[:, None] * C + channels[None, :]
+    y = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        y += tl.load(bias + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
+    if RESIDUAL:
+        y += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + place, y.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def double_kernel(x, out, C, pixels, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Some pixels of frames whose lines are `width` long, each to four places of frames of twice the size."""
+    pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channels = tl.arange(0, BLOCK)
+    inside = (pixel < pixels)[:, None] & (channels < C)[None, :]
+    y = tl.load(x + pixel.to(tl.int64)[:, None] * C + channels[None, :], mask=inside, other=0.0)
+    line, column = (pixel // width).to(tl.int64), pixel % width
+    for down in tl.static_range(2):
+        for right in tl.static_range(2):
+            target = (2 * line + down) * (2 * width) + 2 * column + right
+            tl.store(out + target[:, None] * C + channels[None, :], y, mask=inside)
+
+
+def add_bias_(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """x plus a bias of its channels, C numbers, plus a residual, written over x. Channels lie last in both tensors."""
+    C, pixels = x.shape[1], x.numel() // x.shape[1]
+    block, rows = _tile(C)
+    add_bias_kernel[(triton.cdiv(pixels, rows),)](
+        x, x if bias is None else bias, x if residual is None else residual, C, pixels,
+        BIAS=bias is not None, RESIDUAL=residual is not None, ROWS=rows, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return x
+
+
+def doubled(x: Tensor) -> Tensor:
+    """x [N, C, H, W] with channels last at twice the height and width, each pixel four times; channels last."""
+    N, C, H, W = x.shape
+    out = torch.empty(N, 2 * H, 2 * W, C, dtype=x.dtype, device=x.device)
+    block, rows = _tile(C)
+    double_kernel[(triton.cdiv(N * H * W, rows),)](
+        x, out, C, N * H * W, W, ROWS=rows, BLOCK=block, num_warps=4
+    )  # fmt: skip
+    return out.permute(0, 3, 1, 2)
+
+
+def _tile(channels: int) -> tuple[int, int]:
+    """Channels and pixels that a program holds at once."""
+    block = triton.next_power_of_2(channels)
+    return block, max(1, _ELEMENTS // block)
+
+
 def norm_silu_behind(x: Tensor, gamma: Tensor, scale: float, floor: float, history: int) -> Tensor:
     """x [B, C, T, H, W] with channels last -> [B, C, history + T, H, W] with channels last: frames that are still to be
     written, and behind them norm and SiLU of x. gamma: C numbers."""
     B, C, T, H, W = x.shape
     out = torch.empty(B, history + T, H, W, C, dtype=x.dtype, device=x.device)
-    pixels, block = T * H * W, triton.next_power_of_2(C)
-    rows = max(1, _ELEMENTS // block)
+    pixels, (block, rows) = T * H * W, _tile(C)
     norm_silu_kernel[(triton.cdiv(pixels, rows), B)](
         x, gamma, out[:, history:], C, pixels, C * pixels, out.stride(0), scale, floor,
         ROWS=rows, BLOCK=block, num_warps=4,

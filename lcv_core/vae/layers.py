@@ -9,6 +9,7 @@ of a CPU take them so, and in any other layout each of them would copy what it i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcv_core.layers import frame_by_frame, joined_frames
+from lcv_core.vae.convolve import convolve, doubled
 from lcv_core.vae.norm import RMSNorm, norm_silu_behind
 
 StreamState = dict[nn.Module, Tensor]
@@ -55,19 +57,24 @@ def causal_conv(conv: nn.Module, x: Tensor, state: StreamState) -> Tensor:
     """
     history = state.get(conv)
     x = join_frames(two_zero_frames(x) if history is None else history, x)  # what was given is alive no longer
-    return _conv_joined(conv, x, state)
+    return _conv_joined(conv, x, state, None)
 
 
-def norm_silu_conv(norm: RMSNorm, conv: nn.Module, x: Tensor, state: StreamState) -> Tensor:
-    """causal_conv(conv, silu(norm(x)), state)."""
+def norm_silu_conv(
+    norm: RMSNorm, conv: nn.Module, x: Tensor, state: StreamState, residual: Tensor | None = None
+) -> Tensor:
+    """causal_conv(conv, silu(norm(x)), state), plus a residual."""
     joined = norm_silu_behind(norm, x, state.get(conv))
-    return causal_conv(conv, F.silu(norm(x)), state) if joined is None else _conv_joined(conv, joined, state)
+    if joined is not None:
+        return _conv_joined(conv, joined, state, residual)
+    y = causal_conv(conv, F.silu(norm(x)), state)
+    return y if residual is None else y + residual  # what was convolved is alive no longer
 
 
-def _conv_joined(conv: nn.Module, x: Tensor, state: StreamState) -> Tensor:
+def _conv_joined(conv: nn.Module, x: Tensor, state: StreamState, residual: Tensor | None) -> Tensor:
     """The convolution of x [B, C, 2 + T, H, W], whose last two frames the next chunk needs."""
     state[conv] = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
-    return conv(x)
+    return convolve(conv, x, residual)
 
 
 def conv3(ops: Any, dim_in: int, dim_out: int, **factory: Any) -> nn.Module:
@@ -86,8 +93,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
         h = norm_silu_conv(self.norm1, self.conv1, x, state)
+        if self.conv_shortcut is None:
+            return norm_silu_conv(self.norm2, self.conv2, h, state, x)
         h = norm_silu_conv(self.norm2, self.conv2, h, state)
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return convolve(self.conv_shortcut, x, h)
 
 
 class AttentionBlock(nn.Module):
@@ -118,7 +127,7 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](x), state)
 
 
-def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
+def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a 2-D layer to every frame of x [B, C, T, H, W]."""
     return joined_frames(layer(frame_by_frame(x)), x.shape[0])
 
@@ -132,13 +141,14 @@ class Downsample(nn.Module):
         self.time_conv = ops.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1), **factory) if temporal else None
 
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
-        x = per_frame(self.resample, x)
+        pad, conv = self.resample
+        x = per_frame(lambda frames: convolve(conv, pad(frames)), x)
         if self.time_conv is None:
             return x
         last = state.get(self)
         state[self] = x[:, :, -1:].clone()
         # The first frame of a clip passes through; later frames are merged in pairs behind the frame before them.
-        return x if last is None else self.time_conv(join_frames(last, x))
+        return x if last is None else convolve(self.time_conv, join_frames(last, x))
 
 
 class Upsample(nn.Module):
@@ -154,7 +164,8 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
         if self.time_conv is not None:
             x = self._double_time(x, state)
-        return per_frame(self.resample, x)
+        larger, conv = self.resample
+        return per_frame(lambda frames: convolve(conv, doubled(larger, frames)), x)
 
     def _double_time(self, x: Tensor, state: StreamState) -> Tensor:
         """Chunk 0 stays single and leaves no trace: the history of chunk 1 is zeros."""
@@ -165,5 +176,5 @@ class Upsample(nn.Module):
         assert self.time_conv is not None
         padded = join_frames(history, x)
         state[self] = padded[:, :, -2:].clone()
-        both = self.time_conv(padded).unflatten(1, (2, -1))  # [B, 2, C, T, H, W]: even and odd frames
+        both = convolve(self.time_conv, padded).unflatten(1, (2, -1))  # [B, 2, C, T, H, W]: even and odd frames
         return both.permute(0, 3, 1, 4, 5, 2).contiguous().flatten(1, 2).permute(0, 4, 1, 2, 3)  # channels last

@@ -1,0 +1,77 @@
+"""What is around a convolution of the VAE, in one pass each where kernels for it run: bias, residual, doubling of size.
+
+PyTorch adds the bias of a convolution in a pass of its own that gets a quarter of an H200's bandwidth.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lcv_core import layers
+from lcv_core.vae.choice import vae_kernels
+
+_FEW_CHANNELS = 8  # what tensor cores take at least: fewer are convolved as if there were none
+
+
+def convolve(conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """conv(x), plus a residual. x [N, C, ..., H, W], channels last or not."""
+    kernels = vae_kernels(x.device)
+    if kernels is None or not _takes(conv, x, residual):
+        y = conv(x)
+        return y if residual is None else y + residual
+    y = _without_bias(conv, x)
+    if conv.bias is None and residual is None:
+        return y
+    return kernels.add_bias_(y, conv.bias, residual) if _is_last(y) else _added(y, conv.bias, residual)
+
+
+def doubled(upsample: nn.Module, x: Tensor) -> Tensor:
+    """x [N, C, H, W] at twice the height and width, each pixel four times."""
+    kernels = vae_kernels(x.device)
+    if kernels is None or _needs_gradient(x) or x.numel() == 0 or not _is_last(x):
+        return upsample(x)
+    return kernels.doubled(x)
+
+
+def _takes(conv: Any, x: Tensor, residual: Tensor | None) -> bool:
+    """A layer of ours with nothing hooked to it, without a gradient; a host's layer may do as it likes."""
+    if type(conv) not in (layers.Conv2d, layers.Conv3d) or conv._forward_hooks or conv._forward_pre_hooks:
+        return False
+    if conv.padding_mode != "zeros" or conv.groups != 1 or conv.weight.device != x.device:
+        return False
+    plain = x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.numel() > 0
+    fits = residual is None or (residual.dtype == x.dtype and _is_last(residual))
+    return plain and fits and not _needs_gradient(x, conv.weight, conv.bias, residual)
+
+
+def _without_bias(conv: Any, x: Tensor) -> Tensor:
+    weight = conv.weight.to(x.dtype)
+    missing = _FEW_CHANNELS - x.shape[1]
+    if missing > 0:  # zeros add nothing, and let tensor cores do the rest
+        x, weight = (_padded(y, missing) for y in (x, weight))
+    return conv.convolved(x, weight, None)
+
+
+def _padded(x: Tensor, missing: int) -> Tensor:
+    """Zero channels behind those of x [N, C, ...]; channels last."""
+    wide = F.pad(x.movedim(1, -1), (0, missing))
+    return wide.movedim(-1, 1)
+
+
+def _added(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if bias is not None:
+        y = y.add_(bias.to(y.dtype).view(-1, *(1,) * (y.ndim - 2)))
+    return y if residual is None else y.add_(residual)
+
+
+def _is_last(x: Tensor) -> bool:
+    layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    return x.is_contiguous(memory_format=layout)
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -32,6 +32,7 @@ from lcv_bsa import ops
 from lcv_core.config import LONGCAT_VIDEO, WAN_VAE, BSAConfig, DiTConfig, TextConfig, VAEConfig
 from lcv_core.dit.rope import rope_table
 from lcv_core.planning import Job, Refine, make_plan
+from lcv_core.planning.sparse import Device, sparse_kernels
 from lcv_core.planning.text import text_bytes
 from lcv_core.planning.transformer import forward_bytes
 from lcv_core.planning.vae import decode_bytes, encode_bytes
@@ -109,10 +110,13 @@ def transformer_cases(config: DiTConfig, sizes: Sizes, m: Machine) -> Iterator[C
         ("continue 480p93 cached", sizes.t2v, sizes.cond, None),
         ("refine 720p189", sizes.refine, 0, config.bsa),
     ]
+    device: Device = "cpu" if m.device.type == "cpu" else "gpu"
+    if device == "gpu":
+        jobs.append(("refine 720p189 8 bits", sizes.refine, 0, dataclasses.replace(config.bsa, eight_bits=True)))
     for name, (T, h, w), n_c, bsa in jobs:
         planned = forward_bytes(
             model.config, (T - n_c, h, w), num_cond_latents=n_c, cached=bool(n_c), text_length=TEXT_TOKENS,
-            itemsize=m.dtype.itemsize, bsa=bsa, device="cpu" if m.device.type == "cpu" else "gpu",
+            itemsize=m.dtype.itemsize, bsa=bsa, device=device, sparse=sparse_kernels(device),
         )  # fmt: skip
         run = _forward(model, (T, h, w), n_c, bsa, m)
         note = f"{n_c} latent frames from a cache" if n_c else ""

@@ -35,9 +35,10 @@ from lcv_core.planning import Job, Refine, make_plan
 from lcv_core.planning.sparse import Device, sparse_kernels
 from lcv_core.planning.text import text_bytes
 from lcv_core.planning.transformer import forward_bytes
-from lcv_core.planning.vae import decode_bytes, encode_bytes
+from lcv_core.planning.vae import Convolutions, decode_bytes, encode_bytes
 from lcv_core.shapes import SPACE_FACTOR, TIME_FACTOR
 from lcv_core.text.encoder import build_text_model
+from lcv_core.vae.layers import channels_last_
 from lcv_core.vae.model import WanVAE
 from lcv_core.weights.init import PRESETS
 
@@ -138,6 +139,8 @@ def _forward(model: Any, grid: Grid, n_c: int, bsa: BSAConfig | None, m: Machine
 def vae_cases(config: VAEConfig, sizes: Sizes, m: Machine) -> Iterator[Case]:
     """Streamed, so that a clip's length does not matter."""
     vae = WanVAE(config, device=m.device, dtype=m.dtype).eval().requires_grad_(False)
+    channels_last_(vae)
+    how: Convolutions = "taps" if m.device.type == "cpu" else "triton" if sparse_kernels("gpu") == "triton" else "torch"
     for job, (height, width) in sizes.pixels.items():
         shape = (sizes.latents, height // SPACE_FACTOR, width // SPACE_FACTOR)
         itemsize = m.dtype.itemsize
@@ -150,8 +153,8 @@ def vae_cases(config: VAEConfig, sizes: Sizes, m: Machine) -> Iterator[Case]:
                 pass
 
         text = f"{frames}x{height}x{width}"
-        yield Case(job, "VAE decode", text, decode_bytes(config, shape, itemsize=itemsize), decode)
-        planned = encode_bytes(config, shape, itemsize=itemsize)
+        yield Case(job, "VAE decode", text, decode_bytes(config, shape, itemsize=itemsize, how=how), decode)
+        planned = encode_bytes(config, shape, itemsize=itemsize, how=how)
         yield Case(job, "VAE encode", text, planned, lambda pixels=pixels: vae.encode(pixels))
 
 
@@ -163,7 +166,7 @@ def text_cases(config: TextConfig, m: Machine) -> Iterator[Case]:
         parameter.data.uniform_(-0.02, 0.02)
     model.set_attn_implementation("eager")
     ids = torch.zeros(1, TEXT_TOKENS, dtype=torch.int64, device=m.device)
-    planned = text_bytes(few, itemsize=4)
+    planned = text_bytes(few, itemsize=4, device="cpu" if m.device.type == "cpu" else "gpu")
     run = lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids))  # noqa: E731  (typed, and short)
     yield Case("prompt", "text encode", f"1x{TEXT_TOKENS}", planned, run, "fp32, eager attention")
 

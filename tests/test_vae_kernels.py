@@ -223,3 +223,22 @@ def test_a_convolution_that_is_not_plain_is_called(used: list[int]) -> None:
             return torch.full_like(input, 7.0)
 
     assert (convolve.convolve(Host(24, 8, 3).to(DEVICE).requires_grad_(False), x) == 7).all()
+
+
+@pytest.mark.parametrize("continued", [True, False])
+def test_channels_that_tensor_cores_do_not_take_are_padded(used: list[int], continued: bool) -> None:
+    """The same sums; the state has the real channels alone."""
+    dtype = torch.float16
+    norm, conv = (
+        make_norm(96, dtype),
+        layers.Conv3d(96, 8, 3, padding=(0, 1, 1)).to(DEVICE, dtype).requires_grad_(False),
+    )
+    x, state = make(1, 96, 2, 5, 6, seed=0, dtype=dtype), StreamState()
+    if continued:
+        state[conv] = make(1, 96, 2, 5, 6, seed=1, dtype=dtype)
+    theirs = dict(state)
+    assert convolve.wide_channels(conv, x) == 128 and convolve.wide_channels(conv, x.float()) == 96
+    expected = causal_conv(conv, F.silu(norm(x)), theirs)
+    got = norm_silu_conv(norm, conv, x, state)
+    assert relative(got, expected) <= 2 * TOLERANCE[dtype]
+    assert state[conv].shape == (1, 96, 2, 5, 6) and relative(state[conv], theirs[conv]) <= TOLERANCE[dtype]

@@ -10,6 +10,7 @@ from lcv_core.config import BSAConfig
 from lcv_core.errors import InputError
 from lcv_core.names import CachePlace, CacheStorage, CfgMode, Schedule, Streaming, check_name
 from lcv_core.planning.sparse import Device, SparseKernels, sparse_kernels
+from lcv_core.planning.vae import Convolutions
 from lcv_core.refinement import RefinePlan, frames_after, plan_refine
 from lcv_core.shapes import check_cond_frames, check_frames, check_size, num_latents
 from lcv_core.vae.tiling import Tiling
@@ -163,6 +164,13 @@ class Job:
     @property
     def sparse_kernels(self) -> SparseKernels:
         return self.sparse or sparse_kernels(self.device)
+
+    @property
+    def convolutions(self) -> Convolutions:
+        """How the VAE convolves: a host's, which is not ours, is counted as a CPU's, which takes most."""
+        if self.device == "cpu" or not self.together:
+            return "taps"
+        return "triton" if self.sparse_kernels == "triton" else "torch"
 
     @property
     def samples(self) -> int:

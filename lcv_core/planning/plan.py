@@ -10,6 +10,7 @@ from lcv_core.config import DiTConfig, TextConfig, VAEConfig
 from lcv_core.errors import InputError
 from lcv_core.planning.job import ITEMSIZE, SCALE_ITEMSIZE, SMALL_ITEMSIZE, Job, Refine
 from lcv_core.planning.sampling import Sampling
+from lcv_core.planning.sparse import Device
 from lcv_core.planning.text import largest_text_weight, text_bytes, text_parameters
 from lcv_core.planning.transformer import (
     FP32,
@@ -176,7 +177,8 @@ def plan_with(models: Models, job: Job) -> Plan:
 
 def _text_stage(models: Models, job: Job) -> Stage:
     """Activations in fp32, for which weights are cast layer by layer, as ComfyUI does; others take less."""
-    alive = text_bytes(models.text, batch=job.batch_size, itemsize=FP32)
+    place: Device = "cpu" if job.text_device == "cpu" else job.device
+    alive = text_bytes(models.text, batch=job.batch_size, itemsize=FP32, device=place)
     cast = max(1, job.weight_copies) * largest_text_weight(models.text) * FP32
     weights = text_parameters(models.text) * ITEMSIZE[job.text_dtype]
     if job.text_device == "cpu" and job.device != "cpu":
@@ -232,7 +234,9 @@ def _sampling_stage(models: Models, job: Job, name: str, run: Sampling, adapter:
 
 def _with_decoder(models: Models, job: Job, stage: Stage, size: tuple[int, int]) -> Stage:
     """And what waits for the clip's latents meanwhile: the decoder's state, and the latents it can be made of anew."""
-    state = decoder_state_bytes(models.vae, size, itemsize=ITEMSIZE[job.vae_dtype], tiling=job.tiling)
+    state = decoder_state_bytes(
+        models.vae, size, itemsize=ITEMSIZE[job.vae_dtype], tiling=job.tiling, how=job.convolutions
+    )
     waits = job.batch_size * (state + _seen_bytes(models.vae, decoder_reach(models.vae), size))
     if job.device == "cpu":
         return replace(stage, activations=stage.activations + waits)
@@ -244,12 +248,16 @@ def _seen_bytes(vae: VAEConfig, frames: int, size: tuple[int, int]) -> int:
 
 
 def _encode_stage(models: Models, job: Job, name: str, latents: tuple[int, int, int], batch: int) -> Stage:
-    alive = encode_bytes(models.vae, latents, batch=batch, itemsize=ITEMSIZE[job.vae_dtype], tiling=job.tiling)
+    alive = encode_bytes(
+        models.vae, latents, batch=batch, itemsize=ITEMSIZE[job.vae_dtype], tiling=job.tiling, how=job.convolutions
+    )
     return _vae_stage(models, job, name, alive, _pixel_bytes(latents, batch), whole=True)
 
 
 def _decode_stage(models: Models, job: Job, name: str, latents: tuple[int, int, int], batch: int) -> Stage:
-    alive = decode_bytes(models.vae, latents, batch=batch, itemsize=ITEMSIZE[job.vae_dtype], tiling=job.tiling)
+    alive = decode_bytes(
+        models.vae, latents, batch=batch, itemsize=ITEMSIZE[job.vae_dtype], tiling=job.tiling, how=job.convolutions
+    )
     waits = 0  # latents that the decoder can be made of anew, in system memory
     if job.together:
         frames, reach = latents[0], decoder_reach(models.vae)

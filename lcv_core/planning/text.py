@@ -7,6 +7,7 @@ their softmax in fp32. Beside the weights it is little.
 from __future__ import annotations
 
 from lcv_core.config import TextConfig
+from lcv_core.planning.sparse import Device
 
 _FP32 = 4  # bytes
 _INT64 = 8
@@ -26,8 +27,13 @@ def largest_text_weight(config: TextConfig) -> int:
     return config.d_model * max(config.d_ff, config.num_heads * config.d_kv)
 
 
-def text_bytes(config: TextConfig, *, batch: int = 1, length: int = 512, itemsize: int = 2) -> int:
-    """Most bytes alive at once while `batch` prompts of `length` tokens are encoded, besides weights."""
+def text_bytes(
+    config: TextConfig, *, batch: int = 1, length: int = 512, itemsize: int = 2, device: Device = "cpu"
+) -> int:
+    """Most bytes alive at once while `batch` prompts of `length` tokens are encoded, besides weights.
+
+    A GPU's library copies q, k, v and what attention gives, to have each head's rows side by side.
+    """
     rows = batch * length
     x = rows * config.d_model * itemsize
     in_fp32 = rows * config.d_model * _FP32
@@ -38,9 +44,10 @@ def text_bytes(config: TextConfig, *, batch: int = 1, length: int = 512, itemsiz
     weights = batch * config.num_heads * pairs * itemsize  # of the attention; some hosts hold them for a layer
     scores = 2 * weights * _FP32 // itemsize + (weights if half else 0)
     mask = batch * pairs * itemsize
+    copies = 0 if device == "cpu" else 4 * rows * config.num_heads * config.d_kv * itemsize
     moments = (
         2 * x + qkv + mask + _BUCKETS * pairs * _INT64,  # relative positions
-        2 * x + qkv + mask + bias + scores,
+        2 * x + qkv + mask + bias + scores + copies,
         2 * x + mask + weights + _GELU * rows * config.d_ff * itemsize,
         2 * x + mask + 2 * in_fp32,  # norm
     )

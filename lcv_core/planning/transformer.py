@@ -18,6 +18,7 @@ AdapterName = Literal["distill", "refinement"]
 RANK = 128  # of the official adapters
 _TIMESTEPS = 2  # distinct ones in a forward: of noise and of condition frames
 FP32 = 4  # bytes
+_ROUNDING = 4 << 20  # bytes by which a GPU's allocator rounds up what is alive at once
 
 
 def dit_parameters(config: DiTConfig) -> tuple[int, int]:
@@ -147,6 +148,7 @@ def forward_moments(
     room = 2 * batch * all_keys * C * itemsize if apart else 0
     always = all_keys * D * FP32 + text + _TIMESTEPS * config.adaln_tembed_dim * FP32 + modulation + room
     always += 8 * batch * T  # which frame has which timestep
+    always += 0 if device == "cpu" else _ROUNDING
 
     def linear(output: int, parts: int = 1) -> int:
         """A layer's output; the branch of an adapter adds its pieces, their join and the sum."""

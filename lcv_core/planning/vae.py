@@ -2,7 +2,8 @@
 
 The peak is in a residual block, mostly at full resolution: what the causal convolutions keep of earlier frames (the
 state), the block's input, its own tensors, the padded input of its second convolution and three outputs of it. Three,
-because on a CPU a convolution is summed up over its taps in time; a GPU needs one, and room for its library to work in.
+because on a CPU a convolution is summed up over its taps in time; a GPU needs one, and with Triton's kernels wider
+inputs (`vae.convolve.wide_channels`).
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from lcv_core.config import VAEConfig
 from lcv_core.shapes import SPACE_FACTOR, TIME_FACTOR
 from lcv_core.vae.tiling import Tiling
 
 FP32 = 4  # bytes
-_OUTPUTS = 3  # of a convolution that is summed over its taps
+Convolutions = Literal["taps", "torch", "triton"]
+_OUTPUTS = {"taps": 3, "torch": 2, "triton": 1}  # of a convolution
+_FEW_CHANNELS, _MULTIPLE = 8, 64  # see `vae.convolve`
 _HISTORY = 2  # frames that a causal convolution keeps
 
 
@@ -38,32 +42,43 @@ class _Stage:
     state: float = 0.0
     resampled: float = 0.0
 
-    def moments(self, batch: int, steady: bool) -> Iterator[tuple[float, float, int]]:
+    def moments(self, batch: int, steady: bool, how: Convolutions, wide: bool) -> Iterator[tuple[float, float, int]]:
         """(elements of state that are new, elements alive beside the state, elements of kernels) at each convolution;
-        the first two for one sample of `batch`."""
+        the first two for one sample of `batch`. wide: channels of inputs are padded."""
         for i, (a, d) in enumerate(self.blocks):
             held = (self.held if i else 0) * self.frames
-            yield self._conv(a, d, held + (0 if self.single else a * self.frames), batch, steady)
+            yield self._conv(a, d, held + (0 if self.single else a * self.frames), batch, steady, how, wide)
             if not self.single:
-                yield self._conv(d, d, held + (a + d) * self.frames, batch, steady)
+                yield self._conv(d, d, held + (a + d) * self.frames, batch, steady, how, wide)
         yield self.state, self.resampled, 0
 
-    def _conv(self, a: int, d: int, held: int, batch: int, steady: bool) -> tuple[float, float, int]:
+    def _conv(
+        self, a: int, d: int, held: int, batch: int, steady: bool, how: Convolutions, wide: bool
+    ) -> tuple[float, float, int]:
         """Padded input, outputs, and the history that the new one replaces. Summed over taps, the samples of a batch
         are copied to lie side by side, and so is each tap's kernel."""
-        padded = a * (self.frames + _HISTORY) + (a * self.frames if batch > 1 else 0)
-        alive = held + padded + _OUTPUTS * d * self.frames + (_HISTORY * a if steady else 0)
+        taps = how == "taps"
+        padded = (_wide(a) if wide else a) * (self.frames + _HISTORY) + (a * self.frames if taps and batch > 1 else 0)
+        alive = held + padded + _OUTPUTS[how] * d * self.frames + (_HISTORY * a if steady else 0)
         return _HISTORY * a * self.cells, alive * self.cells, 2 * 9 * a * d
 
 
-def _alive(stages: Iterable[_Stage], area: tuple[int, int], batch: int, *, steady: bool) -> int:
+def _wide(channels: int) -> int:
+    """As `vae.convolve.wide_channels` and the padding of few channels have it."""
+    return max(_FEW_CHANNELS, channels + (-channels % _MULTIPLE if channels > _MULTIPLE else 0))
+
+
+def _alive(
+    stages: Iterable[_Stage], area: tuple[int, int], batch: int, itemsize: int, *, steady: bool, how: Convolutions
+) -> int:
     """Most elements alive at once. area: latent cells whose state is kept, and those computed at once.
 
     Not steady: a first and only frame, for which the later convolutions have no state yet at an earlier one's peak.
     """
+    wide = how == "triton" and itemsize < FP32
     kept = peak = growing = 0.0  # growing: the peak with the state that there is by then
     for stage in stages:
-        for new, alive, kernels in stage.moments(batch, steady):
+        for new, alive, kernels in stage.moments(batch, steady, how, wide):
             kept += new * batch
             now = alive * area[1] * batch + kernels
             peak, growing = max(peak, now), max(growing, now + kept * area[1])
@@ -112,8 +127,9 @@ def _encoder(config: VAEConfig, steady: bool) -> Iterator[_Stage]:
 
 
 def decode_bytes(
-    config: VAEConfig, latents: tuple[int, int, int], *, batch: int = 1, itemsize: int = 2, tiling: Tiling | None = None
-) -> int:
+    config: VAEConfig, latents: tuple[int, int, int], *, batch: int = 1, itemsize: int = 2,
+    tiling: Tiling | None = None, how: Convolutions = "taps",
+) -> int:  # fmt: skip
     """Most bytes alive while a latent clip (T, h, w) is decoded as a stream, its finished frames not counted.
 
     By tiles, every tile keeps its state, overlaps included: the state does not shrink, the rest does.
@@ -125,13 +141,17 @@ def decode_bytes(
     output = 3 * frames * pixels * FP32
     frame = batch * config.z_dim * itemsize  # what the decoder is given, for each latent cell
     if tiling is None:
-        return _alive(stages, (h * w, h * w), batch, steady=T > 1) * itemsize + frame * h * w + batch * output
+        return (
+            _alive(stages, (h * w, h * w), batch, itemsize, steady=T > 1, how=how) * itemsize
+            + frame * h * w
+            + batch * output
+        )
     area = _area((h, w), tiling)
     tile = math.prod(max(b - a for a, b in tiling.spans(side)) for side in (h, w))
     weights = area * SPACE_FACTOR**2 * FP32
     group = 3 * (TIME_FACTOR if T > 1 else 1) * FP32
     written = group * (pixels + 2 * tile * SPACE_FACTOR**2)
-    streamed = _alive(stages, (area, tile), batch, steady=T > 1) * itemsize + frame * tile
+    streamed = _alive(stages, (area, tile), batch, itemsize, steady=T > 1, how=how) * itemsize + frame * tile
     return streamed + weights + batch * (written + output)
 
 
@@ -139,7 +159,7 @@ def decoder_state_bytes(
     config: VAEConfig, size: tuple[int, int], *, itemsize: int = 2, tiling: Tiling | None = None
 ) -> int:  # fmt: skip
     """What the decoder of a video of (h, w) latent cells keeps between two latent frames, beyond the first."""
-    kept = sum(new for stage in _decoder(config, steady=True) for new, _, _ in stage.moments(1, steady=True))
+    kept = sum(new for stage in _decoder(config, steady=True) for new, _, _ in stage.moments(1, True, "taps", False))
     return math.ceil(kept * _area(size, tiling)) * itemsize
 
 
@@ -151,15 +171,17 @@ def _area(size: tuple[int, int], tiling: Tiling | None) -> int:
 
 
 def encode_bytes(
-    config: VAEConfig, latents: tuple[int, int, int], *, batch: int = 1, itemsize: int = 2, tiling: Tiling | None = None
-) -> int:
+    config: VAEConfig, latents: tuple[int, int, int], *, batch: int = 1, itemsize: int = 2,
+    tiling: Tiling | None = None, how: Convolutions = "taps",
+) -> int:  # fmt: skip
     """Most bytes alive while a clip of (T, h, w) latents is encoded as a stream. Tiles follow one another."""
     T, h, w = latents
     if tiling is not None:
         h, w = (max(b - a for a, b in tiling.spans(side)) for side in (h, w))
     group = batch * 3 * (TIME_FACTOR if T > 1 else 1) * SPACE_FACTOR**2 * h * w
     moments = batch * 3 * 2 * config.z_dim * math.prod(latents) * FP32  # all, this tile's and the last one's
-    return (_alive(_encoder(config, steady=T > 1), (h * w, h * w), batch, steady=T > 1) + group) * itemsize + moments
+    alive = _alive(_encoder(config, steady=T > 1), (h * w, h * w), batch, itemsize, steady=T > 1, how=how)
+    return (alive + group) * itemsize + moments
 
 
 def vae_parameters(config: VAEConfig) -> int:

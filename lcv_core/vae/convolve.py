@@ -15,10 +15,20 @@ from lcv_core import layers
 from lcv_core.vae.choice import vae_kernels
 
 _FEW_CHANNELS = 8  # what tensor cores take at least: fewer are convolved as if there were none
+# Channels of Hopper's convolutions come in multiples of it; others run on Ampere's. Of 96 channels at 704x1280 in bf16
+# an H200 needs 6.2 ms, of 128, a quarter of them zeros, 4.1 ms.
+_MULTIPLE = 64
+
+
+def wide_channels(conv: Any, x: Tensor) -> int:
+    """How many channels conv should best be given of x [N, C, ..., H, W], zeros behind the C; C where it is to be C."""
+    C = x.shape[1]
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return C + -C % _MULTIPLE if half and C > _MULTIPLE and _takes(conv, x, None) else C
 
 
 def convolve(conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """conv(x), plus a residual. x [N, C, ..., H, W], channels last or not."""
+    """conv(x), plus a residual. x [N, C, ..., H, W], channels last or not; C may be `wide_channels`."""
     kernels = vae_kernels(x.device)
     if kernels is None or not _takes(conv, x, residual):
         y = conv(x)
@@ -50,9 +60,10 @@ def _takes(conv: Any, x: Tensor, residual: Tensor | None) -> bool:
 
 def _without_bias(conv: Any, x: Tensor) -> Tensor:
     weight = conv.weight.to(x.dtype)
-    missing = _FEW_CHANNELS - x.shape[1]
-    if missing > 0:  # zeros add nothing, and let tensor cores do the rest
-        x, weight = (_padded(y, missing) for y in (x, weight))
+    if x.shape[1] < _FEW_CHANNELS:  # zeros add nothing, and let tensor cores do the rest
+        x = _padded(x, _FEW_CHANNELS - x.shape[1])
+    if x.shape[1] > conv.in_channels:
+        weight = _padded(weight, x.shape[1] - conv.in_channels)
     return conv.convolved(x, weight, None)
 
 

@@ -20,11 +20,12 @@ _ELEMENTS = 2048  # that a program holds at once: two loads of 16 bytes of each 
 
 @triton.jit
 def norm_silu_kernel(
-    x, gamma, out, C, pixels, stride_x, stride_out, scale, floor, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, gamma, out, C, wide, pixels, stride_x, stride_out, scale, floor, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Some pixels of a sample: silu(v / max(||v||, floor ** 0.5) * (scale * gamma)) of each one's C channels v.
 
-    x and out hold a sample's pixels one after the other, and samples stride_x and stride_out apart. All is in fp32 and
+    x and out hold a sample's pixels one after the other, and samples stride_x and stride_out apart; those of out have
+    `wide` channels, zeros behind the C. All is in fp32 and
     rounded once; PyTorch's passes round to 16 bits three times, which here would bring instructions and errors alone.
     """
     sample = tl.program_id(1).to(tl.int64)
@@ -42,6 +43,8 @@ def norm_silu_kernel(
     # instructions of the kernel, which C = 96 in blocks of 128 has none to spare of
     root = tl.rsqrt(1.0 + tl.exp2(y * -1.4426950408889634))
     y *= root * root
+    place = pixel.to(tl.int64)[:, None] * wide + channels[None, :]
+    inside = (pixel < pixels)[:, None] & (channels < wide)[None, :]  # silu(0) = 0
     tl.store(out + sample * stride_out + place, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -104,14 +107,17 @@ def _tile(channels: int) -> tuple[int, int]:
     return block, max(1, _ELEMENTS // block)
 
 
-def norm_silu_behind(x: Tensor, gamma: Tensor, scale: float, floor: float, history: int) -> Tensor:
+def norm_silu_behind(
+    x: Tensor, gamma: Tensor, scale: float, floor: float, history: int, wide: int | None = None
+) -> Tensor:
     """x [B, C, T, H, W] with channels last -> [B, C, history + T, H, W] with channels last: frames that are still to be
-    written, and behind them norm and SiLU of x. gamma: C numbers."""
+    written, and behind them norm and SiLU of x. gamma: C numbers. wide: channels of the result, zeros behind the C."""
     B, C, T, H, W = x.shape
-    out = torch.empty(B, history + T, H, W, C, dtype=x.dtype, device=x.device)
-    pixels, (block, rows) = T * H * W, _tile(C)
+    wide = C if wide is None else wide
+    out = torch.empty(B, history + T, H, W, wide, dtype=x.dtype, device=x.device)
+    pixels, (block, rows) = T * H * W, _tile(wide)
     norm_silu_kernel[(triton.cdiv(pixels, rows), B)](
-        x, gamma, out[:, history:], C, pixels, C * pixels, out.stride(0), scale, floor,
+        x, gamma, out[:, history:], C, wide, pixels, C * pixels, out.stride(0), scale, floor,
         ROWS=rows, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out.permute(0, 4, 1, 2, 3)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcv_core.layers import frame_by_frame, joined_frames
-from lcv_core.vae.convolve import convolve, doubled
+from lcv_core.vae.convolve import convolve, doubled, wide_channels
 from lcv_core.vae.norm import RMSNorm, norm_silu_behind
 
 StreamState = dict[nn.Module, Tensor]
@@ -64,16 +64,17 @@ def norm_silu_conv(
     norm: RMSNorm, conv: nn.Module, x: Tensor, state: StreamState, residual: Tensor | None = None
 ) -> Tensor:
     """causal_conv(conv, silu(norm(x)), state), plus a residual."""
-    joined = norm_silu_behind(norm, x, state.get(conv))
+    joined = norm_silu_behind(norm, x, state.get(conv), wide_channels(conv, x))
     if joined is not None:
         return _conv_joined(conv, joined, state, residual)
     y = causal_conv(conv, F.silu(norm(x)), state)
     return y if residual is None else y + residual  # what was convolved is alive no longer
 
 
-def _conv_joined(conv: nn.Module, x: Tensor, state: StreamState, residual: Tensor | None) -> Tensor:
-    """The convolution of x [B, C, 2 + T, H, W], whose last two frames the next chunk needs."""
-    state[conv] = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
+def _conv_joined(conv: Any, x: Tensor, state: StreamState, residual: Tensor | None) -> Tensor:
+    """The convolution of x [B, C, 2 + T, H, W], whose last two frames the next chunk needs; zero channels it may do
+    without."""
+    state[conv] = x[:, : conv.in_channels, -2:].clone()  # a view would keep the whole chunk alive
     return convolve(conv, x, residual)
 
 

@@ -27,19 +27,21 @@ class RMSNorm(nn.Module):
         return (h * inverse).to(x.dtype) * (self.scale * self.gamma.to(x.dtype))
 
 
-def norm_silu_behind(norm: RMSNorm, x: Tensor, history: Tensor | None) -> Tensor | None:
+def norm_silu_behind(norm: RMSNorm, x: Tensor, history: Tensor | None, wide: int | None = None) -> Tensor | None:
     """silu(norm(x)) of x [B, C, T, H, W] behind two frames [B, C, 2, H, W], zeros without them: [B, C, 2 + T, H, W].
 
-    None where PyTorch has to do it.
+    wide: channels of the result, C unless said otherwise; zeros behind the C. None where PyTorch has to do it.
     """
     kernels = vae_kernels(x.device)
     if kernels is None or not _takes(norm, x) or x.shape[1] > kernels.MOST_CHANNELS:
         return None
-    joined = kernels.norm_silu_behind(x, norm.gamma, norm.scale, FLOOR, 2)
+    C = x.shape[1]
+    joined = kernels.norm_silu_behind(x, norm.gamma, norm.scale, FLOOR, 2, wide)
     if history is None:
         joined[:, :, :2].zero_()
     else:
-        joined[:, :, :2].copy_(history)
+        joined[:, :C, :2].copy_(history)
+        joined[:, C:, :2].zero_()
     return joined
 
 

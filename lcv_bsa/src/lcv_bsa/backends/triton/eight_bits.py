@@ -183,8 +183,8 @@ def forward(
         part = dataclasses.replace(
             selection, indices=selection.indices[heads].contiguous(), counts=selection.counts[heads].contiguous()
         )
-        packed = pack(k[kv], v[kv], selection.layout_k, dtype)
-        _some_heads(q[heads], packed, o[heads], lse[heads], part, scale)
+        # no name for what is packed: it would live while the next heads are
+        _some_heads(q[heads], pack(k[kv], v[kv], selection.layout_k, dtype), o[heads], lse[heads], part, scale)
     return o, lse
 
 

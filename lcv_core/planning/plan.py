@@ -234,9 +234,7 @@ def _sampling_stage(models: Models, job: Job, name: str, run: Sampling, adapter:
 
 def _with_decoder(models: Models, job: Job, stage: Stage, size: tuple[int, int]) -> Stage:
     """And what waits for the clip's latents meanwhile: the decoder's state, and the latents it can be made of anew."""
-    state = decoder_state_bytes(
-        models.vae, size, itemsize=ITEMSIZE[job.vae_dtype], tiling=job.tiling, how=job.convolutions
-    )
+    state = decoder_state_bytes(models.vae, size, itemsize=ITEMSIZE[job.vae_dtype], tiling=job.tiling)
     waits = job.batch_size * (state + _seen_bytes(models.vae, decoder_reach(models.vae), size))
     if job.device == "cpu":
         return replace(stage, activations=stage.activations + waits)

@@ -17,7 +17,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -61,23 +61,29 @@ def write_sparse(folder: Path, config: DiTConfig) -> int:
             sizes.append(0)
         shards[-1][name] = shape
         sizes[-1] += size
-    weight_map = {}
-    for i, (shard, size) in enumerate(zip(shards, sizes, strict=True)):
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
         file = f"{STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        header, start = {}, 0
-        for name, shape in shard.items():
-            stop = start + 4 * torch.Size(shape).numel()
-            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, stop]}
-            weight_map[name], start = file, stop
-        text = json.dumps(header).encode()
-        (folder / file).write_bytes(struct.pack("<Q", len(text)) + text)
-        with (folder / file).open("r+b") as out:
-            out.truncate(8 + len(text) + size)
+        write_sparse_file(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
     write_json(
         folder / f"{STEM}.safetensors.index.json", {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
     )
     write_json(folder / "config.json", config.to_dict())
     return max(sizes)
+
+
+def write_sparse_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """fp32 tensors without data."""
+    header, start = {}, 0
+    for name, shape in shapes.items():
+        stop = start + 4 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    with path.open("r+b") as out:
+        out.truncate(8 + len(text) + start)
 
 
 class Clock:

@@ -78,7 +78,8 @@ def test_values_fill_the_range_of_fp8() -> None:
 def test_a_row_without_keys() -> None:
     """o is 0, not the mean of v."""
     q, k, v, selection = make((4, 8, 8), (4, 4, 4))
-    q, k, v, selection = (x.cuda() if torch.cuda.is_available() else x for x in (q, k, v, selection))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v, selection = (x.to(device) for x in (q, k, v, selection))
     selection.counts[0, 1, 0] = 0
     dtype = torch.float8_e4m3fn if GPU else torch.float32
     if torch.cuda.is_available() and not GPU:

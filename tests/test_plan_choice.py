@@ -13,7 +13,7 @@ from lcv_core.cli.job import InputFile
 from lcv_core.cli.job import Job as CliJob
 from lcv_core.config import BSAConfig, DiTConfig, TextConfig, VAEConfig
 from lcv_core.errors import InputError
-from lcv_core.planning import Job, Refine
+from lcv_core.planning import Job, Refine, make_plan
 from lcv_core.planning.choose import ALIKE, MARGIN, PATIENCE, QUALITY, TILES, Planner
 from lcv_core.planning.fallback import moves, remaining
 from lcv_core.planning.machine import CARDS, Machine, Speed, machine_named
@@ -134,6 +134,21 @@ def test_reasons_name_the_stage_that_would_not_fit() -> None:
     assert any(line.startswith("the text encoded on the CPU: with the text encoded on the device text encode needs")
                for line in lines)  # fmt: skip
     assert any(line.startswith("the blocks streamed from") and "GB are free" in line for line in lines)
+
+
+def test_a_stage_that_misses_its_margin_alone_says_so() -> None:
+    """11.8 GB of text encoder do not fit 12.3 GB that are free, for the margin does not."""
+    made = planner(machine=card(vram=12.88, ram=32))
+    text = next(line for line in reasons(made, made.best()) if "text encoded on the CPU" in line)
+    assert "needs 11.8 GB and 5% to spare, of which 12.3 GB are free" in text
+
+
+def test_attention_in_eight_bits_needs_room_for_some_heads() -> None:
+    """A byte for each number of q, k and v of eight of the 32 heads at 720p, and 4 for each of their queries."""
+    eight = replace(REFINED, refine=Refine(window=93, bsa=BSAConfig(eight_bits=True)))
+    sixteen = replace(REFINED, refine=Refine(window=93, bsa=BSAConfig()))
+    more = make_plan(eight).stage("refine sampling").total - make_plan(sixteen).stage("refine sampling").total
+    assert more == 8 * (48 * 44 * 80) * (3 * 128 + 4)
 
 
 def test_shorter_windows_only_where_whole_ones_do_not_fit() -> None:

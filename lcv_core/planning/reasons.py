@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lcv_core.planning.advice import size_text
-from lcv_core.planning.choose import Choice, Planner, StageNeed
+from lcv_core.planning.choose import MARGIN, Choice, Planner, StageNeed
 from lcv_core.planning.settings import Settings, words
 
 
@@ -52,4 +52,6 @@ def _need(planner: Planner, need: StageNeed) -> str:
     machine = planner.machine
     if need.ram > machine.ram:
         return f"{size_text(need.ram)} of system memory, of which {size_text(machine.ram)} are free"
-    return f"{size_text(need.vram)}, of which {size_text(machine.free)} are free"
+    # near the limit it is the margin that does not fit, which has to be said
+    spare = f" and {MARGIN:.0%} to spare" if need.vram <= machine.free else ""
+    return f"{size_text(need.vram)}{spare}, of which {size_text(machine.free)} are free"

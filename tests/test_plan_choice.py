@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from lcv_core.cli.job import InputFile
 from lcv_core.cli.job import Job as CliJob
 from lcv_core.config import BSAConfig, DiTConfig, TextConfig, VAEConfig
 from lcv_core.errors import InputError
-from lcv_core.planning import Job, Refine, make_plan
+from lcv_core.planning import Job, Refine
 from lcv_core.planning.choose import ALIKE, MARGIN, PATIENCE, QUALITY, TILES, Planner
 from lcv_core.planning.fallback import moves, remaining
 from lcv_core.planning.machine import CARDS, Machine, Speed, machine_named
@@ -21,6 +22,7 @@ from lcv_core.planning.plan import Models
 from lcv_core.planning.reasons import reasons
 from lcv_core.planning.seconds import Work
 from lcv_core.planning.settings import Settings
+from lcv_core.planning.sparse import sparse_bytes
 
 RELEASED = Models(DiTConfig(), VAEConfig(), TextConfig())
 CLIP = Job(together=True, sparse="triton")
@@ -145,10 +147,12 @@ def test_a_stage_that_misses_its_margin_alone_says_so() -> None:
 
 def test_attention_in_eight_bits_needs_room_for_some_heads() -> None:
     """A byte for each number of q, k and v of eight of the 32 heads at 720p, and 4 for each of their queries."""
-    eight = replace(REFINED, refine=Refine(window=93, bsa=BSAConfig(eight_bits=True)))
-    sixteen = replace(REFINED, refine=Refine(window=93, bsa=BSAConfig()))
-    more = make_plan(eight).stage("refine sampling").total - make_plan(sixteen).stage("refine sampling").total
-    assert more == 8 * (48 * 44 * 80) * (3 * 128 + 4)
+    grid = (48, 44, 80)
+    eight, sixteen = (
+        sparse_bytes(BSAConfig(eight_bits=bits), grid, grid, heads=32, head_dim=128, itemsize=2, kernels="triton")
+        for bits in (True, False)
+    )
+    assert eight - sixteen == 8 * math.prod(grid) * (3 * 128 + 4)
 
 
 def test_shorter_windows_only_where_whole_ones_do_not_fit() -> None:

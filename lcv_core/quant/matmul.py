@@ -7,8 +7,6 @@ PyTorch's passes do.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -16,9 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lcv_core.proven import may_run, proven
 from lcv_core.quant.formats import Quantised, in_dtype, scales_of, to_kind
-
-log = logging.getLogger("lcv_core")
 
 TOKENS = 4096  # multiplied at once: the sums of a chunk are in 32 bits
 _FP8_CAPABILITY = (8, 9)  # of the first GPUs that multiply fp8
@@ -105,23 +102,18 @@ def _quantised(x: Tensor, kind: str, kernels: ModuleType | None) -> tuple[Tensor
 
 def row_kernels(device: torch.device) -> ModuleType | None:
     """Triton's kernels where they run and are right; None elsewhere, and for a compiler, which fuses the passes."""
-    if device.type != "cuda" or torch.compiler.is_compiling() or importlib.util.find_spec("triton") is None:
-        return None
-    return _proven_kernels(device)
+    return _proven_kernels(device) if may_run(device) else None
 
 
 @lru_cache(maxsize=16)
 def _proven_kernels(device: torch.device) -> ModuleType | None:
-    try:
-        from lcv_core.quant import row_kernels as kernels
+    return proven(_load, check_row_kernels, device, "activations are quantised by PyTorch")
 
-        reason = check_row_kernels(kernels, device)
-    except Exception as error:  # without a C compiler, or with a Triton for another driver, it fails in many ways
-        kernels, reason = None, f"they fail on {device} ({type(error).__name__}: {error})"
-    if reason is not None:
-        log.warning("activations are quantised by PyTorch, which is slower; Triton's kernels: %s", reason)
-        return None
-    return kernels
+
+def _load() -> ModuleType:
+    from lcv_core.quant import row_kernels
+
+    return row_kernels
 
 
 def check_row_kernels(kernels: ModuleType, device: torch.device) -> str | None:

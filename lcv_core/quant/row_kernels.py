@@ -25,6 +25,16 @@ _TO_WHOLE = 12582912.0  # 1.5 * 2^23: fp32 has no fractions there, so adding it 
 
 
 @triton.jit
+def _in_units(v, s, TO_WHOLE: tl.constexpr, LARGEST: tl.constexpr, WHOLE: tl.constexpr):
+    """v / s within what eight bits hold, rounded to whole numbers if WHOLE."""
+    v = tl.div_rn(v, tl.zeros_like(v) + s)
+    v = tl.minimum(tl.maximum(v, -LARGEST), LARGEST)
+    if WHOLE:
+        v = (v + TO_WHOLE) - TO_WHOLE
+    return v
+
+
+@triton.jit
 def quantise_rows_kernel(
     x, data, scale, columns, stride, TINY: tl.constexpr, TO_WHOLE: tl.constexpr, LARGEST: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr,
@@ -36,10 +46,7 @@ def quantise_rows_kernel(
     v = tl.load(x + row * stride + channels, mask=inside, other=0.0).to(tl.float32)
     s = tl.maximum(tl.div_rn(tl.max(tl.abs(v), 0), LARGEST), TINY)
     tl.store(scale + row, s)
-    v = tl.div_rn(v, tl.zeros_like(v) + s)
-    v = tl.minimum(tl.maximum(v, -LARGEST), LARGEST)
-    if WHOLE:
-        v = (v + TO_WHOLE) - TO_WHOLE
+    v = _in_units(v, s, TO_WHOLE, LARGEST, WHOLE)
     tl.store(data + row * columns + channels, v.to(data.dtype.element_ty), mask=inside)
 
 
@@ -61,10 +68,7 @@ def quantise_wide_rows_kernel(
     for first in range(0, columns, BLOCK):
         inside = first + channels < columns
         v = tl.load(x + first + channels, mask=inside, other=0.0).to(tl.float32)
-        v = tl.div_rn(v, tl.zeros_like(v) + s)
-        v = tl.minimum(tl.maximum(v, -LARGEST), LARGEST)
-        if WHOLE:
-            v = (v + TO_WHOLE) - TO_WHOLE
+        v = _in_units(v, s, TO_WHOLE, LARGEST, WHOLE)
         tl.store(data + row * columns + first + channels, v.to(data.dtype.element_ty), mask=inside)
 
 

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger("lcv_core")
+from lcv_core.proven import may_run, proven
 
 
 def vae_kernels(device: torch.device) -> ModuleType | None:
     """Triton's kernels where they run and are right; None elsewhere, and for a compiler, which fuses the passes."""
-    if device.type != "cuda" or torch.compiler.is_compiling() or importlib.util.find_spec("triton") is None:
-        return None
-    return _proven_kernels(device)
+    return _proven_kernels(device) if may_run(device) else None
 
 
 @lru_cache(maxsize=16)
 def _proven_kernels(device: torch.device) -> ModuleType | None:
-    try:
-        from lcv_core.vae import kernels
+    return proven(_load, check_kernels, device, "the VAE's norms are computed by PyTorch")
 
-        reason = check_kernels(kernels, device)
-    except Exception as error:  # without a C compiler, or with a Triton for another driver, it fails in many ways
-        kernels, reason = None, f"they fail on {device} ({type(error).__name__}: {error})"
-    if reason is not None:
-        log.warning("the VAE's norms are computed by PyTorch, which is slower; Triton's kernels: %s", reason)
-        return None
+
+def _load() -> ModuleType:
+    from lcv_core.vae import kernels
+
     return kernels
 
 

@@ -5,6 +5,7 @@ PyTorch adds the bias of a convolution in a pass of its own that gets a quarter 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,8 +24,15 @@ _MULTIPLE = 64
 def wide_channels(conv: Any, x: Tensor) -> int:
     """How many channels conv should best be given of x [N, C, ..., H, W], zeros behind the C; C where it is to be C."""
     C = x.shape[1]
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    return C + -C % _MULTIPLE if half and C > _MULTIPLE and _takes(conv, x, None) else C
+    if C <= _MULTIPLE or x.dtype not in (torch.float16, torch.bfloat16) or not _takes(conv, x, None):
+        return C
+    return C + -C % _MULTIPLE if _has_such_kernels(x.device) else C
+
+
+@lru_cache(maxsize=16)
+def _has_such_kernels(device: torch.device) -> bool:
+    """Hopper and newer; elsewhere more channels are only more work."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def convolve(conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:

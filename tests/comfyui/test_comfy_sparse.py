@@ -173,6 +173,19 @@ def test_a_model_of_unknown_grid_is_refused(comfy: Client) -> None:
 
 
 @pytest.mark.parametrize("make", [LongCat, Wan])
+def test_eight_bits_are_refused_on_a_cpu(comfy: Client, make: Callable[[], LongCat | Wan]) -> None:
+    """At the node, before anything is sampled; the message says what to do."""
+    graph = make()
+    node = sparse(graph, eight_bits=True)
+    latent = graph.latent(width=WIDTH, height=HEIGHT, **{"num_frames" if make is LongCat else "length": FRAMES})
+    graph.save(graph.sample(latent, model=node))
+    result = comfy.queue(graph.prompt)
+    assert (result.event, result.error["node_id"]) == (ERROR, node[0])
+    assert result.error_text.startswith("block sparse attention in eight bits is not usable on cpu")
+    assert result.error_text.endswith("leave it in 16 bits")
+
+
+@pytest.mark.parametrize("make", [LongCat, Wan])
 def test_branches_do_not_see_each_other(comfy: Client, make: Callable[[], LongCat | Wan]) -> None:
     """Sampled in turn in one graph, each is what it is alone, in a graph of its own."""
     sparsities = 0.0, 0.5, 0.875

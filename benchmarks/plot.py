@@ -58,9 +58,10 @@ def draw_pipeline(rows: Sequence[Row], out: Path) -> Path:
     values = {(row["job"], row["side"], row["form"], row["part"]): row for row in timed}
 
     def ms(case: tuple[str, str, str], part: str) -> float:
-        """What eight bits do not change was timed in the plain form alone."""
-        row = values.get((*case, part)) or values.get((*case[:2], "plain", part))
-        return float(row["ms"]) if row else 0.0
+        """What a form does not change was timed in the form before it alone."""
+        forms = [case[2], *(["fp8-matmul"] if case[2] == "fp8-all" else []), "plain"]
+        found = (values.get((*case[:2], form, part)) for form in forms)
+        return next((float(row["ms"]) for row in found if row), 0.0)
 
     left = [0.0] * len(cases)
     for name in names:

@@ -18,8 +18,8 @@ Error of o against fp64, |difference| / |o| in the Euclidean norm, emulated as i
     4 channels of k moved by 10                     3.9e-2     1.3e-2   2.3e-3
     4 channels times 8 in k and 2 in q, logit std 3 4.9e-2     4.4e-2   1.8e-3
 
-Most of it is fp8's three bits of p and v, and it is noise: the sums over many keys do not add it up. Measured on an H200,
-on normal inputs: 4.4e-2 from what bf16 gives; its tensor cores sum fp8 products in less than fp32.
+Most of it is fp8's three bits of p and v, and it is noise: the sums over many keys do not add it up. Measured on an
+H200, on normal inputs: 4.4e-2 from what bf16 gives; its tensor cores sum fp8 products in less than fp32.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false

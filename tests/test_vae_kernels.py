@@ -248,3 +248,14 @@ def test_channels_that_tensor_cores_do_not_take_are_padded(used: list[int], cont
     got = norm_silu_conv(norm, conv, x, state)
     assert relative(got, expected) <= 2 * TOLERANCE[dtype]
     assert state[conv].shape == (1, 96, 2, 5, 6) and relative(state[conv], theirs[conv]) <= TOLERANCE[dtype]
+
+
+def test_a_residual_that_lies_otherwise_is_added_to_padded_channels(used: list[int]) -> None:
+    dtype = torch.float16
+    norm, conv = (
+        make_norm(96, dtype),
+        layers.Conv3d(96, 8, 3, padding=(0, 1, 1)).to(DEVICE, dtype).requires_grad_(False),
+    )
+    x, residual = make(1, 96, 2, 5, 6, seed=0, dtype=dtype), randn(1, 8, 2, 5, 6, seed=1).to(DEVICE, dtype)
+    got = norm_silu_conv(norm, conv, x, {}, residual)
+    assert used and relative(got, causal_conv(conv, F.silu(norm(x)), {}) + residual) <= 2 * TOLERANCE[dtype]

@@ -16,12 +16,12 @@ from typing import Literal
 
 from lcv_core.config import VAEConfig
 from lcv_core.shapes import SPACE_FACTOR, TIME_FACTOR
+from lcv_core.vae.convolve import padded_channels
 from lcv_core.vae.tiling import Tiling
 
 FP32 = 4  # bytes
 Convolutions = Literal["taps", "torch", "triton"]
 _OUTPUTS = {"taps": 3, "torch": 2, "triton": 1}  # of a convolution
-_FEW_CHANNELS, _MULTIPLE = 8, 64  # see `vae.convolve`
 _HISTORY = 2  # frames that a causal convolution keeps
 
 
@@ -58,14 +58,11 @@ class _Stage:
         """Padded input, outputs, and the history that the new one replaces. Summed over taps, the samples of a batch
         are copied to lie side by side, and so is each tap's kernel."""
         taps = how == "taps"
-        padded = (_wide(a) if wide else a) * (self.frames + _HISTORY) + (a * self.frames if taps and batch > 1 else 0)
+        padded = (padded_channels(a) if wide else a) * (self.frames + _HISTORY) + (
+            a * self.frames if taps and batch > 1 else 0
+        )
         alive = held + padded + _OUTPUTS[how] * d * self.frames + (_HISTORY * a if steady else 0)
         return _HISTORY * a * self.cells, alive * self.cells, 2 * 9 * a * d
-
-
-def _wide(channels: int) -> int:
-    """As `vae.convolve.wide_channels` and the padding of few channels have it."""
-    return max(_FEW_CHANNELS, channels + (-channels % _MULTIPLE if channels > _MULTIPLE else 0))
 
 
 def _alive(

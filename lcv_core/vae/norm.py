@@ -48,7 +48,7 @@ def norm_silu_behind(norm: RMSNorm, x: Tensor, history: Tensor | None, wide: int
 def _takes(norm: RMSNorm, x: Tensor) -> bool:
     """Nothing that needs a gradient or calls a hook, for the kernel has neither; nor fp64, which is for checks."""
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or norm.gamma.requires_grad)
-    if needs_gradient or norm._forward_hooks or norm._forward_pre_hooks or norm.gamma.device != x.device:
+    if needs_gradient or norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm):
         return False
     plain = x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.numel() > 0
-    return plain and x.is_contiguous(memory_format=torch.channels_last_3d)
+    return plain and norm.gamma.device == x.device and x.is_contiguous(memory_format=torch.channels_last_3d)

@@ -87,3 +87,12 @@ def test_what_triton_allocates(number: int, alive: list[int]) -> None:
 def test_a_cpu_gathers() -> None:
     assert sparse_kernels("cpu") == "gather"
     assert sparse_kernels("gpu") == "triton"
+
+
+def test_heads_that_are_packed_at_once_are_those_of_the_kernels() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from lcv_bsa.backends.triton import eight_bits
+
+    from lcv_core.planning import sparse
+
+    assert sparse._HEADS_AT_ONCE == eight_bits._HEADS_AT_ONCE

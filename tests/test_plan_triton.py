@@ -90,7 +90,6 @@ def test_a_cpu_gathers() -> None:
 
 
 def test_heads_that_are_packed_at_once_are_those_of_the_kernels() -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
     from lcv_bsa.backends.triton import eight_bits
 
     from lcv_core.planning import sparse
